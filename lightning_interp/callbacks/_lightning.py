@@ -1,0 +1,60 @@
+"""The only file that knows that Lightning comes under two names.
+
+`pytorch_lightning.Callback` and `lightning.pytorch.Callback` are different classes, and each namespace's LightningCLI
+accepts its own only; a class that inherits from both is accepted everywhere.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback as CallbackBase
+    from pytorch_lightning import LightningModule, Trainer
+
+    __all__ = ["CallbackBase", "LightningModule", "Trainer"]
+else:
+    _NAMES = [name for name in ("pytorch_lightning", "lightning.pytorch") if importlib.util.find_spec(name.split(".")[0])]
+    if not _NAMES:
+        raise ModuleNotFoundError("lightning_interp needs PyTorch Lightning: pip install pytorch-lightning")
+    CallbackBase = type("CallbackBase", tuple(importlib.import_module(name).Callback for name in _NAMES), {})
+
+
+def axis_step(trainer: Any) -> int:
+    """The step that `self.log` uses now: batches that stepped, not `global_step` (which counts every optimizer).
+
+    At the end of a training epoch the count already stands one further than the last logged step; callers there
+    subtract one.
+    """
+    return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
+
+
+def planned_steps(trainer: Any) -> float:
+    """Optimizer steps that the run is going to take, infinity when that is unknown."""
+    steps = trainer.max_steps if trainer.max_steps is not None and trainer.max_steps >= 0 else float("inf")
+    batches = trainer.num_training_batches
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0 and batches != float("inf"):
+        per_epoch = -(-int(batches) // trainer.accumulate_grad_batches)
+        steps = min(steps, trainer.max_epochs * per_epoch)
+    return float(steps)
+
+
+def is_tensorboard(logger: Any) -> bool:
+    """Whether a logger is a TensorBoardLogger of either namespace."""
+    return any(base.__name__ == "TensorBoardLogger" for base in type(logger).__mro__)
+
+
+def log_directory(trainer: Any) -> str | None:
+    """Where a run's files belong: beside its TensorBoard events, else the first logger's folder, else nowhere.
+
+    Must be called on all ranks: Lightning broadcasts the path.
+    """
+    if trainer.fast_dev_run or not trainer.loggers:
+        return None
+    directory = trainer.log_dir
+    for logger in trainer.loggers:
+        if is_tensorboard(logger):
+            return str(logger.log_dir)
+    return None if directory is None else str(directory)

@@ -1,0 +1,257 @@
+"""The base of all callbacks: common options, shared session, error handling, cost.
+
+A callback is one file with one class. It overrides Lightning's hooks as usual; `InterpCallback` wraps each of them so
+that an error is reported once and the callback rests while training goes on, and so that its time is counted.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from lightning_interp._options import check_choice, check_positive_int, check_strings, expected, select, spread
+from lightning_interp.callbacks._lightning import CallbackBase, LightningModule, Trainer, axis_step
+from lightning_interp.callbacks.schedule import Schedule
+from lightning_interp.callbacks.session import Session
+from lightning_interp.errors import AlertRaised, ArgumentError, InterpWarning
+from lightning_interp.records import Image, Record, Scalar
+
+OnError = Literal["warn", "raise"]
+
+# Hooks that must run even while a callback rests: they clean up.
+_CLEANING = frozenset({"teardown", "on_exception"})
+_HOOKS = frozenset(
+    {
+        "setup", "teardown", "on_exception", "on_fit_start", "on_fit_end", "on_sanity_check_start", "on_sanity_check_end",
+        "on_train_start", "on_train_end", "on_train_epoch_start", "on_train_epoch_end", "on_train_batch_start",
+        "on_train_batch_end", "on_validation_start", "on_validation_end", "on_validation_epoch_start",
+        "on_validation_epoch_end", "on_validation_batch_start", "on_validation_batch_end", "on_before_backward",
+        "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad", "on_save_checkpoint",
+        "on_load_checkpoint",
+    }
+)  # fmt: skip
+
+
+def _guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps a Lightning hook: errors are reported and not raised, time is counted."""
+    name = hook.__name__
+
+    @functools.wraps(hook)
+    def guarded(self: InterpCallback, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if self._depth:  # called by another hook of the same callback, through super() or directly
+            return hook(self, trainer, *args, **kwargs)
+        if self.resting and name not in _CLEANING:
+            return self.while_resting(name, trainer)
+        self._depth += 1
+        started = time.perf_counter()
+        try:
+            return hook(self, trainer, *args, **kwargs)
+        except (ArgumentError, AlertRaised):
+            raise
+        except Exception as error:
+            self._rest(error, name)
+        finally:
+            self._depth -= 1
+            self.seconds += time.perf_counter() - started
+
+    guarded.__guarded__ = True  # type: ignore[attr-defined]
+    return guarded
+
+
+class InterpCallback(CallbackBase):
+    """Common to all callbacks; not for use by itself.
+
+    Class attributes:
+        provides: Quantities that the callback logs, each as `interp.<quantity>/...` or `interp/<quantity>...`.
+    """
+
+    provides: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in _HOOKS & vars(cls).keys():
+            setattr(cls, name, _guarded(vars(cls)[name]))
+
+    def __init__(  # noqa: PLR0913 - the common options of all callbacks, passed on by name
+        self,
+        *,
+        every_n_epochs: int | None = None,
+        every_n_train_steps: int | None = None,
+        layers: Sequence[str] | None = None,
+        max_layers: int = 32,
+        name: str | None = None,
+        on_error: OnError = "warn",
+    ) -> None:
+        """Checks and keeps the common options.
+
+        Args:
+            every_n_epochs: Due at the end of every n-th epoch; the first one always is.
+            every_n_train_steps: Due every n training steps; excludes `every_n_epochs`.
+            layers: Names or globs of the layers to look at, as in `named_modules()`; None takes all that apply.
+            max_layers: Most layers with scalars and pictures of their own; aggregates always hold all.
+            name: Tells two instances of one class apart, in the tags and in the checkpoint.
+            on_error: `"warn"` reports an error once and lets the callback rest; `"raise"` raises it.
+
+        Raises:
+            ArgumentError: If an option is wrong.
+        """
+        super().__init__()
+        self.schedule = Schedule(every_n_epochs, every_n_train_steps)
+        check_strings("layers", layers)
+        check_positive_int("max_layers", max_layers)
+        if name is not None and (not isinstance(name, str) or not name or "/" in name):
+            raise expected("name", "a non-empty string without a slash, or None", name)
+        check_choice("on_error", on_error, ("warn", "raise"))
+        self.layers = None if layers is None else list(layers)
+        self.max_layers = max_layers
+        self.name = name
+        self.on_error = on_error
+        self.quiet = False  # measures for `Alerts` only: numbers go to the history, nothing to the loggers
+        self.resting = False
+        self.seconds = 0.0
+        self._depth = 0
+        self._said: set[str] = set()
+
+    # ------------------------------------------------------------------ identity and state
+
+    @property
+    def state_key(self) -> str:
+        """Tells callbacks apart in a checkpoint: the class, and `name` where one is given."""
+        return type(self).__qualname__ + (f"[{self.name}]" if self.name else "")
+
+    # ------------------------------------------------------------------ life
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Joins the session of this fit."""
+        if stage == "fit":
+            self.resting = False
+            self._said.clear()
+            self.seconds = 0.0
+            Session.begin(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Removes what is on the model."""
+        Session.end(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Removes what is on the model: after an exception Lightning calls no `teardown`."""
+        Session.end(trainer)
+
+    def release(self) -> None:
+        """Lets go of whatever is still attached. Called when the callback begins to rest; must not raise."""
+
+    def while_resting(self, hook: str, trainer: Trainer) -> None:
+        """Called instead of a hook while the callback rests; for those that must take part in collectives."""
+
+    # ------------------------------------------------------------------ errors
+
+    def _rest(self, error: Exception, hook: str) -> None:
+        if self.on_error == "raise":
+            raise error
+        self.resting = True
+        self.release()
+        self.say_once(
+            f"{type(self).__name__} failed in {hook} with {type(error).__name__}: {error}. Training goes on without "
+            f'it. Set on_error="raise" to see where it comes from.'
+        )
+
+    def say_once(self, message: str) -> None:
+        """Warns, the first time only."""
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(message, InterpWarning, stacklevel=2)
+
+    # ------------------------------------------------------------------ time and schedule
+
+    def step_due(self, trainer: Trainer, step: int) -> bool:
+        """Whether a step schedule (or an epoch schedule without epochs) makes this step due."""
+        return self.schedule.step_due(step, endless=trainer.num_training_batches == float("inf"))
+
+    def step_of(self, trainer: Trainer) -> int:
+        """Step on the axis of `self.log`; 0 before training."""
+        return axis_step(trainer)
+
+    # ------------------------------------------------------------------ output
+
+    def write(self, trainer: Trainer, records: Iterable[Record]) -> None:
+        """Hands records to the loggers, unless the callback is quiet."""
+        if not self.quiet:
+            Session.of(trainer).write(trainer, records)
+
+    def tag(self, quantity: str, suffix: str = "") -> str:
+        """`interp/<quantity><suffix>`, the tag of a number for the whole model."""
+        return f"interp{'.' + self.name if self.name else ''}/{quantity}{suffix}"
+
+    def log_layers(  # noqa: PLR0913
+        self, trainer: Trainer, quantity: str, values: Mapping[str, float], *, step: int, unit: str = "", note: bool = True
+    ) -> None:
+        """Logs one number per layer: all to the history, those of `max_layers` layers to the loggers.
+
+        Args:
+            trainer: The running trainer.
+            quantity: As in the tags, see `provides`.
+            values: Layer to number.
+            step: Step on the axis of `self.log`.
+            unit: Unit of the numbers.
+            note: Whether the rules may read it.
+        """
+        session = Session.of(trainer)
+        if note:
+            for layer, value in values.items():
+                session.history.record(quantity, value, step=step, layer=layer)
+        shown = spread(list(values), self.max_layers)
+        self.write(
+            trainer,
+            [
+                Scalar(tag=session.layer_tag(quantity, layer, self.name), step=step, value=values[layer], unit=unit)
+                for layer in shown
+            ],
+        )
+
+    def log_number(  # noqa: PLR0913
+        self, trainer: Trainer, quantity: str, value: float, *, step: int, unit: str = "", note: bool = False
+    ) -> None:
+        """Logs one number for the whole model, as `interp/<quantity>`."""
+        if note:
+            Session.of(trainer).history.record(quantity, value, step=step)
+        self.write(trainer, [Scalar(tag=self.tag(quantity), step=step, value=value, unit=unit)])
+
+    def log_pictures(self, trainer: Trainer, quantity: str, pictures: Mapping[str, Any], *, step: int) -> None:
+        """Logs one picture per layer, for `max_layers` layers. `pictures`: layer to (H, W, 3) uint8, or a function
+        that makes it, so that those that are not shown cost nothing."""
+        session = Session.of(trainer)
+        for layer in spread(list(pictures), self.max_layers):
+            picture = pictures[layer]
+            pixels = picture() if callable(picture) else picture
+            self.write(trainer, [Image(tag=session.layer_tag(quantity, layer, self.name), step=step, pixels=pixels)])
+
+    def log_cost(self, trainer: Trainer, *, step: int) -> None:
+        """Logs the seconds that this callback has taken since the fit began."""
+        self.write(
+            trainer,
+            [Scalar(tag=f"interp.cost/{self.state_key}", step=step, value=self.seconds, unit="s")],
+        )
+
+    def publish(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        """Puts numbers into `trainer.callback_metrics`, where EarlyStopping and ModelCheckpoint look."""
+        for key, value in metrics.items():
+            trainer.callback_metrics[key] = torch.tensor(value, dtype=torch.float32)
+
+    def choose_layers(self, available: Sequence[str]) -> list[str]:
+        """Applies the option `layers`."""
+        return select("layers", self.layers, available)
+
+
+for _name in _HOOKS & vars(InterpCallback).keys():
+    setattr(InterpCallback, _name, _guarded(vars(InterpCallback)[_name]))
+
+
+def finite_or_nan(value: float | None) -> float:
+    """NaN for what is missing."""
+    return math.nan if value is None else value

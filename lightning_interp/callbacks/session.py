@@ -1,0 +1,97 @@
+"""What the callbacks of one Trainer share: the history that the rules read, the observer that owns the hooks, tags."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from lightning_interp import sinks
+from lightning_interp.callbacks._lightning import log_directory
+from lightning_interp.callbacks.observer import Observer
+from lightning_interp.records import Record
+from lightning_interp.rules.history import History
+
+_sessions: WeakKeyDictionary[Any, Session] = WeakKeyDictionary()
+
+
+class Session:
+    """Shared by all callbacks of one `fit`.
+
+    Attributes:
+        history: The numbers so far, for the rules.
+        observer: Owner of all hooks on the model.
+        depths: Position of each layer with weights in the whole model, in the order of `named_modules()`.
+        directory: Folder of the run's own files, None when nothing is to be written.
+    """
+
+    def __init__(self, trainer: Any, model: nn.Module) -> None:
+        self.history = History()
+        self.observer = Observer(model)
+        self.depths = layer_depths(model)
+        self.directory = log_directory(trainer)
+        self._last_steps: dict[str, int] = {}
+
+    @classmethod
+    def begin(cls, trainer: Any, model: nn.Module) -> Session:
+        """The session of a fit that is being set up; the first callback to ask makes it."""
+        session = _sessions.get(trainer)
+        if session is None or session.observer.model is not model:
+            session = _sessions[trainer] = cls(trainer, model)
+        return session
+
+    @classmethod
+    def of(cls, trainer: Any) -> Session:
+        """The session of a running fit."""
+        return _sessions[trainer]
+
+    @classmethod
+    def end(cls, trainer: Any) -> None:
+        """Removes all hooks; the last word of a fit, also after an exception. May be called more than once."""
+        session = _sessions.pop(trainer, None)
+        if session is not None:
+            session.observer.close()
+
+    def write(self, trainer: Any, records: Iterable[Record]) -> None:
+        """Hands records to all loggers, on rank zero.
+
+        A record whose tag already has one at its step or later is left out: TensorBoard's fast back end would delete
+        the earlier ones (research: tensorboard, "same step written twice").
+        """
+        if not trainer.is_global_zero:
+            return
+        fresh = [record for record in records if self._last_steps.get(record.tag, -1) < record.step]
+        self._last_steps.update({record.tag: record.step for record in fresh})
+        sinks.write(trainer.loggers, fresh)
+
+    def layer_tag(self, quantity: str, layer: str, name: str | None) -> str:
+        """`interp.<quantity>[.<name>]/<NN>_<layer>`: one group a quantity, in depth order.
+
+        A unit that is no layer with weights (the ReLU after a residual sum, named after its block) takes the number
+        of the last layer inside its block, so that it sorts beside it.
+        """
+        depth = self.depths.get(layer)
+        if depth is None:
+            inside = [d for n, d in self.depths.items() if n.startswith(f"{layer}.")] or list(self.depths.values())
+            depth = max(inside, default=0)
+        width = max(2, len(str(len(self.depths))))
+        group = f"interp.{quantity}" + (f".{name}" if name else "")
+        return f"{group}/{depth:0{width}d}_{layer}"
+
+
+def layer_depths(model: nn.Module) -> dict[str, int]:
+    """Numbers the modules that own a weight of two or more axes (convolutions, linear layers), from 0."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if getattr(getattr(module, "weight", None), "ndim", 0) >= 2 or _is_owner(module)
+    ]
+    return {name: depth for depth, name in enumerate(names)}
+
+
+def _is_owner(module: nn.Module) -> bool:
+    from lightning_interp.functional.ops import OWNERS  # noqa: PLC0415 - keeps the import graph of this file small
+
+    return isinstance(module, OWNERS)

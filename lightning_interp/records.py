@@ -1,0 +1,81 @@
+"""What a callback hands to the loggers: plain values with a tag, a unit and a step.
+
+Nothing here knows torch, Lightning or TensorBoard; `sinks.py` turns records into what each logger understands.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """Common to all records.
+
+    Attributes:
+        tag: Name in the logger, `interp.<quantity>/<NN>_<layer>` or `interp/<quantity>`.
+        step: Position on the axis that `self.log` uses; never the epoch.
+        unit: Unit of the values, empty when they have none.
+    """
+
+    tag: str
+    step: int
+    unit: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scalar(Record):
+    """One number. NaN and infinities are allowed: they are what one looks for."""
+
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram(Record):
+    """A distribution, already binned.
+
+    Attributes:
+        counts: (B,), number of values in each bin.
+        edges: (B + 1,), increasing.
+    """
+
+    counts: NDArray[np.float64]
+    edges: NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image(Record):
+    """A picture.
+
+    Attributes:
+        pixels: (H, W, 3), uint8.
+        caption: One line that says what is shown; loggers without captions drop it.
+    """
+
+    pixels: NDArray[np.uint8]
+    caption: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding(Record):
+    """Points for the projector.
+
+    Attributes:
+        points: (N, D), float32.
+        labels: N strings.
+        sprites: (N, H, W, 3) uint8 thumbnails, or None.
+    """
+
+    points: NDArray[np.float32]
+    labels: list[str] = field(default_factory=list)
+    sprites: NDArray[np.uint8] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text(Record):
+    """Markdown."""
+
+    markdown: str

@@ -1,0 +1,172 @@
+"""The numbers of a run so far, as plain lists: all that a rule may look at.
+
+No torch, no Lightning: a rule is tested by writing a history down by hand.
+
+`step` is everywhere the index of the training step on the axis of `self.log`, from 0; a value measured before the first
+update stands at step 0.
+
+| series | per layer | what |
+|---|---|---|
+| `loss` | no | training loss of each step, as `training_step` returned it |
+| `loss_before`, `loss_after` | no | loss of one batch before and after the update that it caused (probed steps) |
+| `step_ratio` | no | (loss_before - loss_after) / predicted fall; 1 = as the gradient promised, < 0 = overshoot |
+| `learning_rate` | no | largest rate of all parameter groups |
+| `gradient_norm` | both | Euclidean norm of the unscaled gradient, before clipping (probed steps) |
+| `update_norm`, `update_ratio` | yes | norm(after - before), and the same over norm(before) (probed steps) |
+| `dead_fraction`, `dead_filters` | yes | of each window; the first one is the window before the first update |
+| `dormant_fraction` | yes | of each window, where nothing is exactly zero |
+| `sparsity` | yes | fraction of exact zeros |
+| `filter_smoothness`, `filter_entropy`, `filter_movement` | yes | of the weights; the first one is at step 0 |
+
+| fact | per layer | what |
+|---|---|---|
+| `num_classes` | no | known only if the loss is a cross-entropy: then ln(num_classes) is the loss of a guess |
+| `planned_steps` | no | steps that the run is going to take; infinity if unknown |
+| `input_mean`, `input_std` | no | of the images of the first training batch |
+| `non_finite_step` | both | first step at which the loss (no layer) or the gradient or weight of a layer was NaN or infinite |
+| `trainable` | yes | 1 if a parameter of the layer has `requires_grad=True`, else 0 |
+| `in_optimizer` | yes | 1 if an optimizer holds a parameter of the layer, else 0 |
+| `num_filters` | yes | filters (units) of the layer |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class Point(NamedTuple):
+    """One measured value.
+
+    Attributes:
+        step: Optimizer steps done when it was measured.
+        value: The number.
+    """
+
+    step: int
+    value: float
+
+
+@dataclass
+class Series:
+    """One quantity over time in bounded memory.
+
+    The first `head` points are kept for ever, since a too-high learning rate does its damage in them; when the rest
+    exceeds `capacity`, neighbours are averaged in pairs, so the spacing doubles and the memory stays bounded.
+
+    Attributes:
+        points: All that is kept, oldest first.
+        head: Number of early points that are never merged.
+        capacity: Most points that are kept.
+    """
+
+    points: list[Point] = field(default_factory=list)
+    head: int = 128
+    capacity: int = 1024
+    _stride: int = 1
+    _pending: list[Point] = field(default_factory=list)
+
+    def append(self, step: int, value: float) -> None:
+        """Adds one point; steps must not decrease."""
+        if self._stride == 1:
+            self.points.append(Point(step, value))
+        else:
+            self._pending.append(Point(step, value))
+            if len(self._pending) == self._stride:
+                self.points.append(_average(self._pending))
+                self._pending.clear()
+        if len(self.points) > self.capacity:
+            early, late = self.points[: self.head], self.points[self.head :]
+            # An odd one out stays as it is: it is the newest, and the next merge takes it.
+            merged = [_average(late[i : i + 2]) for i in range(0, len(late), 2)]
+            self.points = early + merged
+            self._stride *= 2
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the kept points, with those not yet merged."""
+        return [point.step for point in (*self.points, *self._pending)]
+
+    @property
+    def values(self) -> list[float]:
+        """Values of the kept points, with those not yet merged."""
+        return [point.value for point in (*self.points, *self._pending)]
+
+    @property
+    def last(self) -> Point | None:
+        """The newest point."""
+        if self._pending:
+            return self._pending[-1]
+        return self.points[-1] if self.points else None
+
+    def __len__(self) -> int:
+        return len(self.points) + len(self._pending)
+
+
+def _average(points: list[Point]) -> Point:
+    return Point(points[-1].step, sum(point.value for point in points) / len(points))
+
+
+@dataclass
+class History:
+    """What is known of a run.
+
+    Attributes:
+        series: By quantity and layer (None = the whole run). The quantities are listed in `rules/README.md`.
+        facts: Numbers that do not change, or only the newest of which matters: `num_classes`, `planned_steps`, ...
+        step: Optimizer steps done.
+        epoch: Current epoch, from 0.
+        finished: Whether the training has ended as planned (not: was interrupted).
+    """
+
+    series: dict[tuple[str, str | None], Series] = field(default_factory=dict)
+    facts: dict[tuple[str, str | None], float] = field(default_factory=dict)
+    step: int = 0
+    epoch: int = 0
+    finished: bool = False
+
+    def record(self, quantity: str, value: float, *, step: int, layer: str | None = None) -> None:
+        """Appends one value to a series."""
+        self.series.setdefault((quantity, layer), Series()).append(step, float(value))
+        self.step = max(self.step, step)
+
+    def note(self, fact: str, value: float, *, layer: str | None = None) -> None:
+        """Sets a fact."""
+        self.facts[fact, layer] = float(value)
+
+    def get(self, quantity: str, layer: str | None = None) -> Series:
+        """The series, empty when nothing was recorded."""
+        return self.series.get((quantity, layer), Series())
+
+    def fact(self, fact: str, default: float, layer: str | None = None) -> float:
+        """The fact, or `default`."""
+        return self.facts.get((fact, layer), default)
+
+    def layers(self, quantity: str) -> list[str]:
+        """Layers for which the series or the fact exists, in the order in which they were first recorded."""
+        names = [*self.series, *self.facts]
+        return list(dict.fromkeys(layer for name, layer in names if name == quantity and layer is not None))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers, safe in a checkpoint."""
+        return {
+            "series": [
+                [quantity, layer, s._stride, [list(p) for p in s.points], [list(p) for p in s._pending]]
+                for (quantity, layer), s in self.series.items()
+            ],
+            "facts": [[fact, layer, value] for (fact, layer), value in self.facts.items()],
+            "step": self.step,
+            "epoch": self.epoch,
+            "finished": self.finished,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.series = {
+            (quantity, layer): Series(
+                points=[Point(*p) for p in points], _stride=stride, _pending=[Point(*p) for p in pending]
+            )
+            for quantity, layer, stride, points, pending in state["series"]
+        }
+        self.facts = {(fact, layer): value for fact, layer, value in state["facts"]}
+        self.step, self.epoch, self.finished = state["step"], state["epoch"], state["finished"]
