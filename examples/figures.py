@@ -1,0 +1,239 @@
+"""Makes the pictures of the documentation: trains the demo, opens its log in TensorBoard, takes screenshots.
+
+Run it with `make figures`, or `python examples/figures.py [--out docs/figures]`. It needs the extra `figures`
+(`pip install "lightning-interp[figures]"`) and a Chromium: the system's, else the one of `playwright install chromium`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from PIL import Image
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BROWSER_OPTIONS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+WAIT_S = 20.0
+MAX_BYTES = 300_000
+
+
+@contextmanager
+def tensorboard_server(logdir: Path, *, load_fast: bool | None = None) -> Iterator[str]:
+    """Runs TensorBoard on the loopback interface, on a free port, for the length of the block.
+
+    Args:
+        logdir: Folder with one run or many.
+        load_fast: Which data back end reads the log: True the data server, False the loader in Python, None whichever
+            TensorBoard chooses.
+
+    Yields:
+        The address, `http://127.0.0.1:<port>/`.
+
+    Raises:
+        RuntimeError: If the server ends at once; the message holds what it printed.
+        TimeoutError: If it doesn't answer.
+    """
+    choice = {None: "auto", True: "true", False: "false"}[load_fast]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--host", "127.0.0.1", "--port", "0"]
+    command += ["--load_fast", choice, "--reload_interval", "1", "--samples_per_plugin", "images=1000"]
+    with tempfile.TemporaryFile("w+") as output, subprocess.Popen(command, stdout=output, stderr=output) as server:
+        try:
+            yield _address(server, output)
+        finally:
+            server.terminate()
+
+
+def _address(server: subprocess.Popen[bytes], output: Any) -> str:
+    """Waits for the line in which TensorBoard says where it is."""
+    printed = ""
+
+    def found() -> re.Match[str] | None:
+        nonlocal printed
+        output.seek(0)
+        printed = output.read()
+        if server.poll() is not None:
+            raise RuntimeError(f"TensorBoard ended with status {server.returncode}: {printed}")
+        return re.search(r"at (http://127\.0\.0\.1:\d+/)", printed)
+
+    return str(_wait(found, "TensorBoard to start")[1])
+
+
+def _wait(condition: Callable[[], Any], what: str, *, pause: float = 0.1) -> Any:
+    """The first true value of a condition."""
+    deadline = time.monotonic() + WAIT_S
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"Waited {WAIT_S:g} s for {what}.")
+        time.sleep(pause)
+    return value
+
+
+def fetch(url: str) -> Any:
+    """The JSON behind an address of the server."""
+    with urllib.request.urlopen(url, timeout=WAIT_S) as answer:
+        return json.loads(answer.read())
+
+
+def wait_for_tag(url: str, tag: str) -> None:
+    """Waits until a scalar, picture or histogram of this tag can be shown.
+
+    Args:
+        url: Of the server.
+        tag: Name of a record, or its beginning.
+
+    Raises:
+        TimeoutError: If it doesn't come.
+    """
+    _wait(lambda: f'"{tag}' in json.dumps(fetch(f"{url}data/plugin/timeseries/tags")), f"the tag {tag!r}", pause=0.3)
+
+
+@contextmanager
+def browser() -> Iterator[Browser]:
+    """A headless Chromium for the length of the block."""
+    from playwright.sync_api import sync_playwright  # noqa: PLC0415 - from an extra
+
+    found = (shutil.which(name) for name in BROWSERS)
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=next(filter(None, found), None), args=BROWSER_OPTIONS)
+        try:
+            yield chromium
+        finally:
+            chromium.close()
+
+
+def screenshot(  # noqa: PLR0913 - a camera has many knobs
+    chromium: Browser,
+    url: str,
+    path: Path,
+    *,
+    dashboard: str = "timeseries",
+    tag_filter: str = "",
+    size: tuple[int, int] = (1400, 900),
+    dark: bool = False,
+    prepare: Callable[[Page], None] | None = None,
+) -> None:
+    """Opens a dashboard, waits until its charts and pictures are drawn, and writes what is seen.
+
+    Args:
+        chromium: From `browser`.
+        url: From `tensorboard_server`; the log must be loaded (`wait_for_tag`).
+        path: PNG to write, at most 300 kB.
+        dashboard: `timeseries`, `scalars`, `images`, `histograms`, `text` or the name of a plugin.
+        tag_filter: Regular expression; only tags that match are shown.
+        size: Width and height of the window, in pixels.
+        dark: Whether to use the dark theme.
+        prepare: What to click before the picture is taken.
+
+    Raises:
+        TimeoutError: If the dashboard stays empty.
+    """
+    page = chromium.new_page(viewport={"width": size[0], "height": size[1]})
+    try:
+        page.set_default_timeout(1000 * WAIT_S)
+        page.goto(f"{url}?darkMode={str(dark).lower()}{_fragment(dashboard, tag_filter)}")
+        wait_until_drawn(page)
+        if prepare is not None:
+            prepare(page)
+            wait_until_drawn(page)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=path)
+    finally:
+        page.close()
+    shrink(path)
+
+
+def _fragment(dashboard: str, tag_filter: str) -> str:
+    return f"#{dashboard}" + (f"&tagFilter={quote(tag_filter)}" if tag_filter else "")
+
+
+def wait_until_drawn(page: Page) -> None:
+    """Waits until something is drawn, nothing is loading, and the picture stands still."""
+    page.wait_for_function(_DRAWN)
+    before = b""
+    while (now := page.screenshot()) != before:
+        before = now
+        page.wait_for_timeout(500)
+
+
+# Charts are SVG or canvas, pictures <img>, text cards HTML; spinners are there only while something loads.
+_DRAWN = """() => {
+  const seen = (root, selector) => {
+    let found = [...root.querySelectorAll(selector)];
+    for (const node of root.querySelectorAll('*')) if (node.shadowRoot) found.push(...seen(node.shadowRoot, selector));
+    return found.filter(e => e.getClientRects().length);
+  };
+  const ready = seen(document, 'line-chart canvas, vz-line-chart2 svg path, .tf-histogram svg, histogram-component svg');
+  const pictures = seen(document, 'img').filter(e => e.complete && e.naturalWidth);
+  const cards = seen(document, 'tf-text-loader table, tf-text-loader p, iframe');
+  const loading = seen(document, 'mat-spinner, paper-spinner-lite[active], .loading');
+  return ready.length + pictures.length + cards.length > 0 && !loading.length;
+}"""
+
+
+def shrink(path: Path, limit: int = MAX_BYTES) -> None:
+    """Rewrites a PNG with as many colours of its own palette as fit into `limit` bytes, all of them if they do.
+
+    Raises:
+        ValueError: If not even 16 colours fit.
+    """
+    if path.stat().st_size <= limit:
+        return
+    with Image.open(path) as opened:
+        picture = opened.convert("RGB")
+    for colours in (256, 128, 64, 32, 16):
+        picture.quantize(colours, dither=Image.Dither.NONE).save(path, optimize=True)
+        if path.stat().st_size <= limit:
+            return
+    raise ValueError(f"{path} takes more than {limit} bytes even with 16 colours. Take a smaller window.")
+
+
+def train(folder: Path, seed: int) -> None:
+    """Trains the networks of the demo, with logs in `folder`."""
+    from lightning_interp.demo import main as demo  # noqa: PLC0415 - imports torch and Lightning
+
+    demo(folder, epochs=None, seed=seed)
+
+
+def main(out: Path = Path("docs/figures"), logs: Path | None = None, seed: int = 0) -> None:
+    """Writes `timeseries.png` and `filters.png`.
+
+    Args:
+        out: Folder of the pictures.
+        logs: A log directory to open; None trains the demo first.
+        seed: Of the demo.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        if logs is None:
+            logs = Path(scratch)
+            train(logs, seed)
+        with tensorboard_server(logs) as url, browser() as chromium:
+            wait_for_tag(url, "interp")
+            screenshot(chromium, url, out / "timeseries.png", tag_filter=r"^interp/|interp\.dead")
+            screenshot(chromium, url, out / "filters.png", tag_filter=r"interp\.(filters|activation)")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("docs/figures"), help="folder of the pictures")
+    parser.add_argument("--logs", type=Path, help="open these logs, in place of training the demo")
+    parser.add_argument("--seed", type=int, default=0, help="of the demo")
+    arguments = parser.parse_args()
+    main(arguments.out, arguments.logs, arguments.seed)

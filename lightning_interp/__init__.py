@@ -1,0 +1,64 @@
+"""See inside a CNN while PyTorch Lightning trains it.
+
+Everything public is here, and is loaded when it is first used: TensorBoard imports this package at every start, for
+every user, so the import itself must cost milliseconds and must load neither torch nor Lightning (PEP 562).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_interp import functional
+    from lightning_interp._version import __version__
+    from lightning_interp.callbacks.activation_sparsity import ActivationSparsity
+    from lightning_interp.callbacks.alerts import Alerts
+    from lightning_interp.callbacks.dead_filters import DeadFilters
+    from lightning_interp.callbacks.filter_grid import FilterGrid
+    from lightning_interp.callbacks.interp import Interp, standard_callbacks
+    from lightning_interp.callbacks.training_dynamics import TrainingDynamics
+    from lightning_interp.rules.alert import Alert
+    from lightning_interp.rules.rule import Rule
+
+_HOMES = {
+    "ActivationSparsity": "callbacks.activation_sparsity",
+    "Alert": "rules.alert",
+    "Alerts": "callbacks.alerts",
+    "DeadFilters": "callbacks.dead_filters",
+    "FilterGrid": "callbacks.filter_grid",
+    "Interp": "callbacks.interp",
+    "Rule": "rules.rule",
+    "TrainingDynamics": "callbacks.training_dynamics",
+    "__version__": "_version",
+    "standard_callbacks": "callbacks.interp",
+}
+
+__all__ = [
+    "ActivationSparsity",
+    "Alert",
+    "Alerts",
+    "DeadFilters",
+    "FilterGrid",
+    "Interp",
+    "Rule",
+    "TrainingDynamics",
+    "__version__",
+    "functional",
+    "standard_callbacks",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name from its file, once."""
+    if name == "functional":
+        return import_module("lightning_interp.functional")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion."""
+    return sorted({*globals(), *__all__})

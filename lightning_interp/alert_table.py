@@ -1,0 +1,57 @@
+"""Alerts as a table for the terminal, legible from 60 columns on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from lightning_interp.rules.alert import Alert
+
+STYLES = {"info": "cyan", "warning": "yellow", "critical": "bold red"}
+
+
+def alert_table(rows: Iterable[tuple[Sequence[str], Sequence[Alert]]], *, columns: Sequence[str]) -> Table:
+    """One row per run: its cells, then its alerts, one block each.
+
+    Args:
+        rows: The cells of a run that stand before the alerts, and its alerts.
+        columns: Headings of those cells.
+
+    Returns:
+        A table for a rich console.
+    """
+    table = Table(box=box.ROUNDED, show_lines=True)
+    for column in columns:
+        table.add_column(column, no_wrap=len(column) > len("run"))
+    table.add_column("alerts", ratio=1)
+    for cells, alerts in rows:
+        table.add_row(*(Text(cell) for cell in cells), _blocks(alerts))
+    return table
+
+
+def _blocks(alerts: Sequence[Alert]) -> Text:
+    if not alerts:
+        return Text("none", style="green")
+    return Text("\n\n").join(describe(alert) for alert in alerts)
+
+
+def describe(alert: Alert) -> Text:
+    """Rule, severity, layer and step in one line; then what was seen, the evidence, the cause and the advice."""
+    raised = alert.status == "raised"
+    head = Text(alert.rule, style=STYLES[alert.severity] if raised else "dim")
+    head.append(f"  {alert.severity}, " if raised else "  cleared, ", style="not bold")
+    head.append(f"{'layer ' + alert.layer if alert.layer else 'whole run'}, step {alert.step}", style="not bold")
+    parts = [head]
+    if alert.message:
+        parts.append(Text(alert.message))
+    if alert.evidence:
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in alert.evidence.items())
+        parts.append(Text("evidence: ", style="dim").append(numbers, style="not dim"))
+    if alert.cause:
+        parts.append(Text("cause: ", style="dim").append(alert.cause, style="not dim"))
+    if alert.advice:
+        parts.append(Text("advice: ", style="dim").append(alert.advice, style="not dim"))
+    return Text("\n").join(parts)

@@ -1,0 +1,102 @@
+"""Owner of everything that is put on a model while it trains.
+
+All callbacks of a fit share one observer: however many of them read a layer, it is followed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import nn
+
+from lightning_interp.functional.tracing import ActivationTracer, End, Reader, Unit
+
+
+class Observer:
+    """Hands the activations of the running forward to its readers.
+
+    A reader opens at the start of a batch that is due and closes at its end; between due batches nothing is on the
+    model.
+
+    Attributes:
+        model: The LightningModule.
+        units: All units found so far, in the order in which the forward reaches them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.units: dict[str, Unit] = {}
+        self._readers: dict[Reader, set[str] | None] = {}
+        self._tracer: ActivationTracer | None = None
+
+    @property
+    def compiled(self) -> bool:
+        """Whether a part of the model is compiled: hooks put on it now would never be called, silently."""
+        compiled = getattr(self.model, "_compiler_ctx", None) is not None
+        return compiled or any(
+            getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+            for module in self.model.modules()
+        )
+
+    def open(self, reader: Reader, units: Collection[str] | None = None) -> None:
+        """Gives a reader the activations of these units (None: of all) until it is closed.
+
+        All readers must open before the forward begins; one that opens during a forward waits for the next batch.
+        """
+        self._readers[reader] = None if units is None else set(units)
+        self._restart()
+
+    def close_reader(self, reader: Reader) -> None:
+        """Takes a reader off, and with the last one everything else.
+
+        Raises:
+            Exception: What went wrong while reading, since it could not be raised inside the user's forward.
+        """
+        if self._readers.pop(reader, ...) is ...:
+            return
+        error = self._tracer.error if self._tracer is not None else None
+        if not self._readers:
+            self._stop()
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """Takes everything off the model. May be called at any time, more than once."""
+        self._readers.clear()
+        self._stop()
+
+    def _restart(self) -> None:
+        self._stop()
+        wanted = list(self._readers.values())
+        follow: set[str] | None = set()
+        for units in wanted:
+            if units is None:
+                follow = None
+                break
+            known = [self.units[name] for name in units if name in self.units]
+            follow |= {layer for unit in known for layer in unit.layers}  # type: ignore[operator]
+        self._tracer = ActivationTracer(self.model, self._dispatch, units=self.units, follow=follow)
+        self._tracer.__enter__()
+
+    def _stop(self) -> None:
+        if self._tracer is not None:
+            tracer, self._tracer = self._tracer, None
+            _leave(tracer)
+
+    def _dispatch(self, end: End) -> None:
+        for reader, units in self._readers.items():
+            if units is None or end.unit in units:
+                reader(end)
+
+
+def _leave(tracer: ActivationTracer) -> None:
+    """Takes the tracer off the stack of modes, also when a user's mode was left on top of it."""
+    above = []
+    while torch._C._len_torch_function_stack() and torch._C._get_function_stack_at(
+        torch._C._len_torch_function_stack() - 1
+    ) is not tracer:
+        above.append(torch._C._pop_torch_function_stack())
+    tracer.__exit__(None, None, None)
+    for mode in reversed(above):
+        torch._C._push_on_torch_function_stack(mode)

@@ -1,0 +1,224 @@
+"""Numbers about convolution kernels: how smooth, how varied, how far from where they started.
+
+Shape letters: O filters, I input channels of a filter, n kernels (n = O * I), K values of one kernel.
+
+All three take the weight of any convolution, transposed ones too: the kernels are what lies in the axes after the
+second, and neither of the first two axes is treated differently. None of them tells a good filter from a bad one: a run
+that blew up has smoother filters than a healthy one (Geirhos-style claims do not hold here), so compare a layer with its
+own value at step 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# A kernel whose values differ by less than this part of its largest one is constant: far above the rounding of float64,
+# far below the rounding of float32 weights.
+_CONSTANT = 1e-12
+
+
+class FilterNumbers(NamedTuple):
+    """The three numbers of one layer.
+
+    Attributes:
+        smoothness: See `filter_smoothness`.
+        entropy: See `variance_entropy`.
+        movement: See `filter_movement`; NaN when there is no start to compare with.
+    """
+
+    smoothness: float
+    entropy: float
+    movement: float
+
+
+def filter_smoothness(weight: Tensor) -> float:
+    """Mean lag-1 spatial autocorrelation of the kernels.
+
+    For one kernel with its mean removed, c, and the P pairs of positions that touch along an axis:
+
+    r = (sum over pairs of c_i c_j / P) / (sum over positions of c_i^2 / K)
+
+    and the result is the mean of r over the kernels that are not constant.
+
+    Args:
+        weight: (O, I, *kernel), of a convolution with one or more spatial axes.
+
+    Returns:
+        Unitless. Alternating signs give -1 and values that change slowly approach 1 as the kernel grows (a short kernel
+        can exceed these by a few hundredths to a tenth, since its border has fewer pairs). White noise, of any
+        distribution, has the expectation -1 / (K - 1) exactly: -1/8 for 3x3. NaN if no kernel has two different values
+        (1x1 always) and if a weight is not finite.
+
+    Raises:
+        ValueError: If `weight` is not a real floating-point tensor with three or more axes.
+
+    Source: Moran 1950 (the statistic I with neighbours along the axes), as a mean over kernels.
+
+    Example:
+        >>> round(filter_smoothness(torch.tensor([[[[1.0, -1.0, 1.0], [-1.0, 1.0, -1.0], [1.0, -1.0, 1.0]]]])), 6)
+        -1.0
+    """
+    return float(_smoothness(_kernels(weight)))
+
+
+def variance_entropy(weight: Tensor) -> float:
+    """How evenly the kernels of a layer use the K directions of kernel space.
+
+    The kernels are the rows of an (n, K) matrix with centred columns and singular values s; with p_i = s_i^2 / sum s^2
+
+    H = -sum p_i log10(p_i) / log10(K)
+
+    The source leaves out the division, so its 3x3 kernels reach 0.954; divided, kernels of all sizes share one range.
+
+    Args:
+        weight: (O, I, *kernel), of a convolution with one or more spatial axes.
+
+    Returns:
+        In [0, 1]: 0 when all kernels lie on one line, 1 when no direction is preferred, as in a fresh layer of many
+        kernels. Few kernels can't reach 1: n of them at most log10(n - 1) / log10(K). NaN for 1x1, for fewer than two
+        different kernels, and if a weight is not finite.
+
+    Raises:
+        ValueError: If `weight` is not a real floating-point tensor with three or more axes.
+
+    Source: Gavrikov and Keuper 2022 (CNN Filter DB), section 4.
+
+    Example:
+        >>> scale = torch.arange(8.0).view(4, 2, 1, 1)
+        >>> abs(round(variance_entropy(scale * torch.ones(3, 3)), 6))
+        0.0
+    """
+    kernels = _kernels(weight)
+    return _entropy(_scatter(kernels).cpu(), kernels[0].numel())
+
+
+def filter_movement(weight: Tensor, start: Tensor) -> float:
+    """How far a layer has moved: norm(W - W0) / norm(W0).
+
+    Args:
+        weight: Any shape, the weight now.
+        start: Same shape, the weight at the start.
+
+    Returns:
+        At least 0, unitless: 0 has not moved (also when both are zero), 1 has moved by its own length, infinity has
+        left a start at zero. NaN if a value is not finite.
+
+    Raises:
+        ValueError: If the shapes differ or either is not a real floating-point tensor.
+
+    Example:
+        >>> filter_movement(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 0.0])) == 4 / 3
+        True
+    """
+    return float(_movement(weight, start))
+
+
+def filter_numbers(weights: Mapping[str, Tensor], starts: Mapping[str, Tensor]) -> dict[str, FilterNumbers]:
+    """`filter_smoothness`, `variance_entropy` and `filter_movement` of many layers with one copy from the device.
+
+    Args:
+        weights: Layer to weight (O, I, *kernel), all on one device or on several.
+        starts: Layer to weight at the start, on any device; layers may be missing.
+
+    Returns:
+        Layer to numbers, in the order of `weights`.
+
+    Raises:
+        ValueError: As in the three functions.
+    """
+    parts: list[Tensor] = []
+    shapes: list[tuple[int, int]] = []
+    for layer, weight in weights.items():
+        kernels = _kernels(weight)
+        scatter = _scatter(kernels)
+        start = starts.get(layer)
+        moved = scatter.new_tensor(math.nan) if start is None else _movement(weight, start)
+        parts += [_smoothness(kernels).view(1), moved.view(1), scatter.flatten()]
+        shapes.append((len(scatter), kernels[0].numel()))
+    if not parts:
+        return {}
+    device = parts[0].device
+    flat = torch.cat([part.to(device) for part in parts]).cpu()
+    numbers, at = {}, 0
+    for layer, (rank, size) in zip(weights, shapes, strict=True):
+        scatter = flat[at + 2 : at + 2 + rank * rank].view(rank, rank)
+        numbers[layer] = FilterNumbers(float(flat[at]), _entropy(scatter, size), float(flat[at + 1]))
+        at += 2 + rank * rank
+    return numbers
+
+
+def _kernels(weight: Tensor) -> Tensor:
+    """(n, *kernel) in float64."""
+    if weight.ndim < 3 or not weight.is_floating_point() or weight.numel() == 0:
+        raise ValueError(
+            "Expected `weight` to be a non-empty floating-point tensor (filters, channels, *kernel), but got shape "
+            f"{tuple(weight.shape)} of {weight.dtype}."
+        )
+    return _exact(weight).flatten(0, 1)
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none."""
+    tensor = tensor.detach()
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).to(torch.float64)
+
+
+def _smoothness(kernels: Tensor) -> Tensor:
+    """Mean of r over the kernels, without waiting for the device."""
+    size = kernels[0].numel()
+    flat = kernels.flatten(1)
+    largest = flat.abs().amax(dim=1)
+    centred = (flat - flat.mean(dim=1, keepdim=True)).view_as(kernels)
+    products, pairs = kernels.new_zeros(len(kernels)), 0
+    for axis in range(1, kernels.ndim):
+        neighbours = kernels.shape[axis] - 1
+        if neighbours:
+            product = centred.narrow(axis, 0, neighbours) * centred.narrow(axis, 1, neighbours)
+            products += product.flatten(1).sum(dim=1)
+            pairs += product[0].numel()
+    squares = centred.flatten(1).square().sum(dim=1)
+    constant = squares <= size * (_CONSTANT * largest).square()
+    # NaN compares false, so a kernel that is not finite counts and makes the mean NaN; no kernel at all is 0 / 0.
+    ratios = torch.where(constant, 0.0, (products / max(pairs, 1)) / (squares / size))
+    return ratios.sum() / (~constant).sum()
+
+
+def _scatter(kernels: Tensor) -> Tensor:
+    """The smaller of the (K, K) and (n, n) product matrices of the centred kernels: both have the squares of s."""
+    rows = kernels.flatten(1)
+    centred = rows - rows.mean(dim=0)
+    # Rounding of the mean would otherwise pass for a spread of kernels that are all the same.
+    same = centred.abs().amax() <= _CONSTANT * rows.abs().amax()
+    centred = torch.where(same, 0.0, centred)
+    return centred.T @ centred if len(rows) >= rows.shape[1] else centred @ centred.T
+
+
+def _entropy(scatter: Tensor, size: int) -> float:
+    """Entropy of the eigenvalues of a scatter matrix on the CPU."""
+    if size == 1 or not bool(torch.isfinite(scatter).all()):
+        return math.nan
+    values = torch.linalg.eigvalsh(scatter).clamp(min=0.0)
+    total = values.sum()
+    if total == 0:
+        return math.nan
+    shares = values / total
+    return float(torch.special.entr(shares).sum() / math.log(size))
+
+
+def _movement(weight: Tensor, start: Tensor) -> Tensor:
+    """norm(W - W0) / norm(W0), without waiting for the device."""
+    if weight.shape != start.shape:
+        raise ValueError(
+            f"Expected `start` to have the shape of `weight`, {tuple(weight.shape)}, but got {tuple(start.shape)}."
+        )
+    if not (weight.is_floating_point() and start.is_floating_point()):
+        raise ValueError(f"Expected floating-point tensors, but got {weight.dtype} and {start.dtype}.")
+    now = _exact(weight)
+    before = _exact(start.to(weight.device, non_blocking=True))
+    moved = torch.linalg.vector_norm(now - before)
+    return torch.where(moved == 0, 0.0, moved / torch.linalg.vector_norm(before))

@@ -1,0 +1,394 @@
+"""Finds where the output of each filter becomes its activation, while the model runs.
+
+What counts, by construction of the network (a *filter* is an output channel of a convolution, of a transposed
+convolution, or of a linear layer that a non-linearity follows):
+
+| network | the activation of a filter |
+|---|---|
+| conv, ReLU in any spelling (module, in-place, shared, functional) | the output of the ReLU |
+| conv, BatchNorm, ReLU; conv, pooling, ReLU; conv, dropout, ReLU | the output of the ReLU |
+| conv, BatchNorm, sum with a shortcut, ReLU (ResNet) | the output of the BatchNorm; the ReLU is a unit of kind `sum` |
+| conv whose output several layers read (DenseNet) | each branch; the filter is dead if all are |
+| LeakyReLU, GELU, SiLU, Hardswish, ... | the output of that non-linearity |
+| conv, permutation, LayerNorm, linear (ConvNeXt) | the output of the LayerNorm: no non-linearity follows it alone |
+| no activation at all | the last output that still belongs to the layer alone |
+
+Group- and LayerNorm mix channels: behind them a filter whose own output is constant may vary, and then it counts as
+alive. A product with another activation (squeeze-and-excitation, gating) ends the chain like a sum does.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from lightning_interp.functional import ops
+from lightning_interp.functional.layout import Layout, permuted, reduced, reshaped
+
+_ATTENTION = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+
+
+class End(NamedTuple):
+    """The output of a filter layer has become its activation.
+
+    Attributes:
+        unit: Name of the unit: of the layer in `named_modules()`, or of the block of a residual sum.
+        activation: Name of the non-linearity, or None where something else ended the chain.
+        tensor: The activation itself; must not be kept.
+        layout: Where its channels are.
+    """
+
+    unit: str
+    activation: str | None
+    tensor: Tensor
+    layout: Layout
+
+
+@dataclass
+class Unit:
+    """What is known of a layer with filters, or of the ReLU after a residual sum.
+
+    Attributes:
+        name: Name of the layer, or of the block that sums.
+        kind: `conv`, `linear` or `sum`.
+        num_filters: Channels.
+        activations: Names of the non-linearities that end its branches; empty if there are none.
+        layers: The layers that must be followed to see this unit.
+    """
+
+    name: str
+    kind: Literal["conv", "linear", "sum"]
+    num_filters: int
+    activations: set[str] = field(default_factory=set)
+    layers: frozenset[str] = frozenset()
+
+    @property
+    def counts(self) -> bool:
+        """Whether it has filters by the definition: a linear layer needs a non-linearity behind it."""
+        return self.kind == "conv" or bool(self.activations)
+
+    @property
+    def exact_zero(self) -> bool:
+        """Whether each of its branches ends in a non-linearity with an exact zero."""
+        return bool(self.activations) and self.activations <= ops.EXACT_ZERO
+
+
+class _Strand(NamedTuple):
+    """A filter layer's channels inside a tensor, on the way to their non-linearity; `unit` None: past it."""
+
+    unit: str | None
+    layout: Layout
+
+
+class _Hook:
+    """A hook that a deep copy or a pickle of the model does not carry along."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> None:
+        self.function(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return functools.partial(sys.audit, "lightning_interp.inert_hook")
+
+    def __reduce__(self) -> Any:
+        # A partial of a builtin: it returns None, and a checkpoint that holds it loads without this package.
+        return functools.partial, (sys.audit, "lightning_interp.inert_hook")
+
+
+Reader = Callable[[End], None]
+
+
+class ActivationTracer(TorchFunctionMode):
+    """Follows the outputs of filter layers through a forward and hands each activation to a reader.
+
+    Enter it around a forward: `with ActivationTracer(model, reader): model(images)`. It holds no tensor alive and
+    changes no result; an error in it, or in the reader, ends the tracing and is kept in `error`.
+
+    Args:
+        model: Any module.
+        reader: Called with each `End`, under no_grad, in the middle of the forward; must not wait for the device.
+        units: What earlier traces found; updated.
+        follow: Names of the layers to follow; None follows all.
+    """
+
+    def __init__(
+        self, model: nn.Module, reader: Reader, *, units: dict[str, Unit] | None = None, follow: set[str] | None = None
+    ) -> None:
+        super().__init__()
+        self.units: dict[str, Unit] = {} if units is None else units
+        self.error: Exception | None = None
+        self._reader = reader
+        self._model = model
+        self._follow = follow
+        self._strands: dict[int, tuple[weakref.ref[Tensor], tuple[_Strand, ...]]] = {}
+        self._unread: set[int] = set()
+        self._handles: list[RemovableHandle] = []
+        self._last_layer = ""
+        self._inside = 0
+        self._paused = 0
+
+    # ------------------------------------------------------------------ entering and leaving
+
+    def __enter__(self) -> ActivationTracer:
+        """Puts hooks on the layers to follow and starts to listen to torch functions."""
+        for name, module in self._model.named_modules():
+            if isinstance(module, ops.OWNERS) and (self._follow is None or name in self._follow):
+                self._hook_layer(name, module)
+            elif isinstance(module, _ATTENTION):
+                # In eval mode these take a fast path only if nobody listens, and it rounds differently.
+                self._handles.append(module.register_forward_pre_hook(_Hook(self._pause)))
+                self._handles.append(module.register_forward_hook(_Hook(self._resume), always_call=True))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Takes everything off; what nothing has read yet is handed over as it is."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if not self._paused:
+            super().__exit__(*exception)
+        if exception == () or exception[0] is None:
+            self._guard(self._finish)
+        self._strands.clear()
+        self._unread.clear()
+
+    def _hook_layer(self, name: str, module: nn.Module) -> None:
+        training = module.training  # calls in another mode are not this batch's own forward
+        before = functools.partial(self._enter_layer, training)
+        after = functools.partial(self._leave_layer, name, training)
+        self._handles.append(module.register_forward_pre_hook(_Hook(before)))
+        self._handles.append(module.register_forward_hook(_Hook(after), always_call=True))
+
+    def _pause(self, module: nn.Module, args: Any) -> None:
+        if not module.training:
+            self._paused += 1
+            if self._paused == 1:
+                super().__exit__(None, None, None)
+
+    def _resume(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._paused:
+            self._paused -= 1
+            if self._paused == 0:
+                super().__enter__()
+
+    # ------------------------------------------------------------------ layers with filters
+
+    def _enter_layer(self, training: bool, module: nn.Module, args: Any) -> None:
+        self._inside += 1
+        if self._inside == 1 and not self.error:
+            self._guard(lambda: [self._end(tensor) for tensor in _tensors(args)])
+
+    def _leave_layer(self, name: str, training: bool, module: nn.Module, args: Any, output: Any) -> None:
+        self._inside -= 1
+        if self._inside or self.error or module.training is not training or _in_backward():
+            return
+        if isinstance(output, Tensor) and output.is_floating_point():
+            self._guard(lambda: self._begin(name, module, output))
+
+    def _begin(self, name: str, module: nn.Module, output: Tensor) -> None:
+        linear = isinstance(module, nn.Linear)
+        axis = output.ndim - 1 if linear else output.ndim - 1 - len(module.kernel_size)  # type: ignore[arg-type]
+        channels = output.shape[axis]
+        if name not in self.units:
+            self.units[name] = Unit(name, "linear" if linear else "conv", channels, layers=frozenset({name}))
+        self._last_layer = name
+        self._put(output, (_Strand(name, Layout(axis, 0, channels, channels)),))
+
+    # ------------------------------------------------------------------ torch functions
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Runs the function as it is, and notes what it does to followed channels."""
+        kwargs = kwargs or {}
+        if self._inside or self.error or not self._strands or not args:
+            return func(*args, **kwargs)
+        name = ops.base_name(func)
+        if name == "get" or _in_backward():
+            return func(*args, **kwargs)
+        followed = [tensor for tensor in _tensors(args) if self._of(tensor)]
+        if not followed:
+            return func(*args, **kwargs)
+        plan = self._guard(lambda: self._before(name, followed, args, kwargs))
+        result = func(*args, **kwargs)
+        if plan is not None and not self.error:
+            self._guard(lambda: self._after(plan, result))
+        return result
+
+    def _before(
+        self, name: str, followed: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Callable[[Tensor], tuple[_Strand, ...]] | None:
+        """What the operation will do, decided before it runs: it may write over its input."""
+        first, strands = followed[0], self._of(followed[0])
+        if name in ops.NON_LINEARITIES and args[0] is first:
+            activation = ops.activation_name(name, args, kwargs)
+            self._read(first)
+            return lambda result: self._activate(activation, strands, result)
+        if name in ops.CONCATENATIONS and (joined := self._concatenate(args, kwargs)) is not None:
+            self._read(*followed)
+            return lambda result: joined
+        combines = name in ops.SUMS | ops.PRODUCTS and not self._is_constant(name, args, first)
+        moved = None if combines else _moved(name, tuple(first.shape), args[1:], kwargs)
+        if moved is not None:
+            self._read(first)
+            return lambda result: tuple(
+                strand._replace(layout=layout)
+                for strand in strands
+                if (layout := moved(strand.layout, result)) is not None and layout.fits(result.shape)
+            )
+        # Something that is not this layer's alone reads the output: what counts is the output up to here.
+        self._end(*followed)
+        if combines and name in ops.SUMS:
+            summands = [strand for tensor in followed for strand in self._of(tensor)]
+            return lambda result: self._sum(summands, result)
+        return None
+
+    def _after(self, plan: Callable[[Tensor], tuple[_Strand, ...]], result: Any) -> None:
+        tensor = next(_tensors(result), None)
+        if tensor is not None:
+            self._put(tensor, plan(tensor))
+
+    def _activate(self, activation: str, strands: tuple[_Strand, ...], result: Tensor) -> tuple[_Strand, ...]:
+        for strand in strands:
+            if strand.unit is not None:
+                self.units[strand.unit].activations.add(activation)
+                self._hand_over(strand, activation, result)
+        layout = strands[0].layout
+        return (_Strand(None, layout._replace(start=0, count=layout.width)),)
+
+    def _concatenate(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[_Strand, ...] | None:
+        tensors = list(args[0])
+        axis = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+        axis = int(axis) % tensors[0].ndim
+        width = sum(tensor.shape[axis] for tensor in tensors)
+        joined: list[_Strand] = []
+        start = 0
+        for tensor in tensors:
+            for strand in self._of(tensor):
+                layout = strand.layout
+                if layout.axis != axis or layout.outer != 1 or layout.inner != 1:
+                    return None
+                joined.append(_Strand(strand.unit, layout._replace(start=start + layout.start, width=width)))
+            start += tensor.shape[axis]
+        return tuple(joined)
+
+    def _is_constant(self, name: str, args: tuple[Any, ...], followed: Tensor) -> bool:
+        """Whether the other operand only scales or shifts channels or samples, the same way at every position."""
+        other = args[1] if len(args) > 1 and args[0] is followed else args[0]
+        if not isinstance(other, Tensor) or other is followed:
+            return not isinstance(other, Tensor)
+        if self._of(other):
+            return False
+        if isinstance(other, nn.Parameter) or other.numel() == 1 or other.ndim < followed.ndim or other.shape[0] == 1:
+            return True
+        return name in ops.PRODUCTS and other.shape[0] == other.numel()  # one factor a sample: stochastic depth
+
+    def _sum(self, strands: Sequence[_Strand], result: Tensor) -> tuple[_Strand, ...]:
+        named = {strand.unit for strand in strands if strand.unit is not None}
+        layers = {name for name in named if self.units[name].kind != "sum"} or {self._last_layer}
+        layout = strands[0].layout
+        layout = layout._replace(start=0, count=layout.width)
+        name = self._sum_name(frozenset(layers), layout.width) if layout.fits(result.shape) else None
+        return (_Strand(name, layout),) if name is not None else ()
+
+    def _sum_name(self, layers: frozenset[str], channels: int) -> str | None:
+        """A sum is named after the block that makes it: what the names of its layers begin with."""
+        for unit in self.units.values():
+            if unit.kind == "sum" and unit.layers == layers:
+                return unit.name
+        if self._follow is not None:
+            return None  # not all summands are followed, so this can only be a part of a sum that nobody asked for
+        parts = [name.split(".")[:-1] for name in layers]
+        block = itertools.takewhile(lambda words: len(set(words)) == 1, zip(*parts, strict=False))
+        base = ".".join(words[0] for words in block) or "sum"
+        taken = itertools.count(2)
+        name = base
+        while name in self.units:
+            name = f"{base}#{next(taken)}"
+        self.units[name] = Unit(name, "sum", channels, layers=layers)
+        return name
+
+    # ------------------------------------------------------------------ bookkeeping
+
+    def _of(self, tensor: Tensor) -> tuple[_Strand, ...]:
+        entry = self._strands.get(id(tensor))
+        return entry[1] if entry is not None and entry[0]() is tensor else ()
+
+    def _put(self, tensor: Tensor, strands: tuple[_Strand, ...]) -> None:
+        self._strands[id(tensor)] = (weakref.ref(tensor), strands)
+        self._unread.add(id(tensor))
+
+    def _read(self, *tensors: Tensor) -> None:
+        self._unread.difference_update(map(id, tensors))
+
+    def _end(self, *tensors: Tensor) -> None:
+        """Something that is not the filter's alone reads these tensors: they are what counts."""
+        for tensor in tensors:
+            for strand in self._of(tensor):
+                # A sum without a non-linearity behind it is no unit.
+                if strand.unit is not None and self.units[strand.unit].kind != "sum":
+                    self._hand_over(strand, None, tensor)
+            self._read(tensor)
+
+    def _finish(self) -> None:
+        waiting = [self._strands[key][0]() for key in self._unread if key in self._strands]
+        self._end(*(tensor for tensor in waiting if tensor is not None))
+
+    def _hand_over(self, strand: _Strand, activation: str | None, tensor: Tensor) -> None:
+        if strand.unit is not None and strand.layout.fits(tensor.shape) and tensor.numel():
+            with torch.no_grad():
+                self._reader(End(strand.unit, activation, tensor.detach(), strand.layout))
+
+    def _guard(self, work: Callable[[], Any]) -> Any:
+        """Runs our own code inside the user's forward: an error of ours must not become one of theirs."""
+        try:
+            return work()
+        except Exception as error:  # noqa: BLE001 - reported by whoever owns the reader
+            self.error = error
+            return None
+
+
+def _moved(
+    name: str, shape: tuple[int, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Callable[[Layout, Tensor], Layout | None] | None:
+    """How an operation moves the channels; None when it is not one of those that keep a filter's output its own."""
+    if name in ops.KEEP or name in ops.SUMS or name in ops.PRODUCTS:
+        return lambda layout, result: layout
+    if name in ops.RESHAPES:
+        return lambda layout, result: reshaped(layout, shape, result.shape)
+    if name in {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"}:
+        kind = "movedim" if name == "moveaxis" else name
+        return lambda layout, result: permuted(layout, kind, len(shape), args, kwargs)
+    if name in ops.POOLING_REDUCTIONS:
+        return lambda layout, result: reduced(layout, len(shape), args, kwargs)
+    return None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in an argument list, one level of lists deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            if isinstance(item, Tensor):
+                yield item
+            elif isinstance(item, list | tuple):
+                yield from (tensor for tensor in item if isinstance(tensor, Tensor))
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running: activation checkpointing repeats forwards there."""
+    return torch._C._current_graph_task_id() != -1

@@ -1,0 +1,123 @@
+"""Records to a TensorBoardLogger."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tensorboard.compat.proto.summary_pb2 import Summary
+
+from lightning_interp.records import Histogram, Image, Record, Scalar, Text
+from lightning_interp.sinks.grouping import by_step
+
+_METHODS = ("add_scalar", "add_histogram_raw", "add_image", "add_text", "flush")
+
+
+def write(logger: Any, records: Sequence[Record]) -> None:
+    """Writes scalars, histograms, pictures and text through the logger's own writer.
+
+    Embeddings are left out: the projector reads files of its own. A logger without a SummaryWriter is passed over.
+
+    Args:
+        logger: A TensorBoardLogger; its `prefix` is not applied, the tags are a promise.
+        records: Any records.
+
+    Raises:
+        ValueError: If a histogram has not one edge more than it has counts.
+    """
+    writer = logger.experiment
+    if not all(hasattr(writer, method) for method in _METHODS):
+        return
+    _write_scalars(writer, [record for record in records if isinstance(record, Scalar)])
+    others = [record for record in records if isinstance(record, Histogram | Image | Text)]
+    for record in others:
+        _write_other(writer, record)
+    if others:
+        writer.flush()  # else they may show up two minutes late; scalars come with the flushes of `self.log`
+
+
+def _write_scalars(writer: Any, scalars: Sequence[Scalar]) -> None:
+    """All scalars of one step in one event: 600 tags cost 1 ms in place of 50."""
+    file_writer = _file_writer(writer)
+    for step, group in by_step(scalars).items():
+        if file_writer is None:
+            for record in group:
+                writer.add_scalar(record.tag, record.value, step)
+        else:
+            values = [Summary.Value(tag=record.tag, simple_value=record.value) for record in group]
+            file_writer.add_summary(Summary(value=values), step)
+
+
+def _file_writer(writer: Any) -> Any:
+    """What takes whole protocol buffers, or None: tensorboardX has classes of its own for them."""
+    get = getattr(writer, "_get_file_writer", None)
+    file_writer = get() if get is not None else None
+    return file_writer if type(file_writer).__module__.startswith("torch.") else None
+
+
+def _write_other(writer: Any, record: Histogram | Image | Text) -> None:
+    if isinstance(record, Histogram):
+        _write_histogram(writer, record)
+    elif isinstance(record, Image):
+        writer.add_image(record.tag, record.pixels, record.step, dataformats="HWC")
+    else:
+        writer.add_text(record.tag, record.markdown, record.step)
+
+
+def _write_histogram(writer: Any, record: Histogram) -> None:
+    """Writes the occupied bins; a histogram of nothing is not written, since TensorBoard can't show one."""
+    counts, edges = occupied_bins(record.counts, record.edges)
+    if not counts.size:
+        return
+    centres = (edges[:-1] + edges[1:]) / 2
+    writer.add_histogram_raw(
+        record.tag,
+        min=float(edges[0]),
+        max=float(edges[-1]),
+        num=float(counts.sum()),
+        sum=float(counts @ centres),
+        sum_squares=float(counts @ centres**2),
+        bucket_limits=edges[1:].tolist(),
+        bucket_counts=counts.tolist(),
+        global_step=record.step,
+    )
+
+
+def occupied_bins(
+    counts: NDArray[np.float64], edges: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Closes open bins and cuts empty ones off both ends.
+
+    TensorBoard takes the smallest value for the left edge of the first occupied bin, so empty bins before it would
+    widen it.
+
+    Args:
+        counts: (B,), number of values in each bin; NaN and negative ones count as 0.
+        edges: (B + 1,), increasing. An infinite outer edge is moved to where its bin is as wide as its neighbour.
+
+    Returns:
+        (b,) and (b + 1,) with b <= B, finite; both empty when no bin is occupied, or an edge is NaN.
+
+    Raises:
+        ValueError: If there is not one edge more than there are counts.
+
+    Example:
+        >>> occupied_bins(np.array([0.0, 2.0, 3.0]), np.array([0.0, 1.0, 2.0, np.inf]))
+        (array([2., 3.]), array([1., 2., 3.]))
+    """
+    counts = np.asarray(counts, dtype=np.float64)
+    edges = np.array(edges, dtype=np.float64)
+    if counts.size and edges.size != counts.size + 1:
+        raise ValueError(f"Expected {counts.size + 1} `edges` for {counts.size} `counts`, but got {edges.size}.")
+    counts = np.where(np.isfinite(counts) & (counts > 0), counts, 0.0)
+    occupied = np.flatnonzero(counts)
+    if counts.size > 1 and np.isneginf(edges[0]):
+        edges[0] = 2 * edges[1] - edges[2]
+    if counts.size > 1 and np.isposinf(edges[-1]):
+        edges[-1] = 2 * edges[-2] - edges[-3]
+    if not occupied.size or not np.isfinite(edges).all():
+        return np.empty(0), np.empty(0)
+    first, end = int(occupied[0]), int(occupied[-1]) + 1
+    return counts[first:end], edges[first : end + 1]
