@@ -47,8 +47,8 @@ wheel-test: $(DEV)  ## the wheel works without the source tree
 	$(BIN)/python -m build --wheel
 	.ci/wheel-test "$(PYTHON)" dist/*.whl
 
-figures: $(FIGURES)  ## the screenshots of the README, from real runs
-	$(BIN)/python docs/make_figures.py
+figures: $(FIGURES)  ## the screenshots of the README, from real runs (needs a Chromium)
+	$(BIN)/python examples/figures.py
 
 clean:
 	rm -rf .venv .venv-oldest dist build
@@ -64,7 +64,6 @@ $(DEV): $(BASE)
 
 $(FIGURES): $(BASE)
 	$(BIN)/python -m pip install --quiet -e ".[figures]"
-	$(BIN)/python -m playwright install chromium
 	touch $@
 
 $(OLDEST): pyproject.toml requirements/oldest.txt

@@ -31,7 +31,8 @@ BROWSER_OPTIONS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-WAIT_S = 20.0
+FIGURES = {"timeseries": r"^interp/|interp\.dead", "filters": r"interp\.(filters|activation)"}  # name to tags
+WAIT_S = 60.0
 MAX_BYTES = 300_000
 
 
@@ -108,7 +109,7 @@ def wait_for_tag(url: str, tag: str) -> None:
 @contextmanager
 def browser() -> Iterator[Browser]:
     """A headless Chromium for the length of the block."""
-    from playwright.sync_api import sync_playwright  # noqa: PLC0415 - from an extra
+    from playwright.sync_api import sync_playwright
 
     found = (shutil.which(name) for name in BROWSERS)
     with sync_playwright() as playwright:
@@ -148,7 +149,7 @@ def screenshot(  # noqa: PLR0913 - a camera has many knobs
     page = chromium.new_page(viewport={"width": size[0], "height": size[1]})
     try:
         page.set_default_timeout(1000 * WAIT_S)
-        page.goto(f"{url}?darkMode={str(dark).lower()}{_fragment(dashboard, tag_filter)}")
+        page.goto(address(url, dashboard, tag_filter, dark=dark))
         wait_until_drawn(page)
         if prepare is not None:
             prepare(page)
@@ -160,8 +161,15 @@ def screenshot(  # noqa: PLR0913 - a camera has many knobs
     shrink(path)
 
 
-def _fragment(dashboard: str, tag_filter: str) -> str:
-    return f"#{dashboard}" + (f"&tagFilter={quote(tag_filter)}" if tag_filter else "")
+def address(url: str, dashboard: str, tag_filter: str = "", *, dark: bool = False, smoothing: float = 0.0) -> str:
+    """Link to a dashboard: Time Series reads the filter from the query, the older ones from behind the hash.
+
+    Example:
+        >>> address("http://127.0.0.1:6006/", "images", "interp")
+        'http://127.0.0.1:6006/?darkMode=false&smoothing=0.0&tagFilter=interp#images&tagFilter=interp'
+    """
+    chosen = f"&tagFilter={quote(tag_filter)}" if tag_filter else ""
+    return f"{url}?darkMode={str(dark).lower()}&smoothing={smoothing}{chosen}#{dashboard}{chosen}"
 
 
 def wait_until_drawn(page: Page) -> None:
@@ -173,18 +181,21 @@ def wait_until_drawn(page: Page) -> None:
         page.wait_for_timeout(500)
 
 
-# Charts are SVG or canvas, pictures <img>, text cards HTML; spinners are there only while something loads.
+def close_settings(page: Page) -> None:
+    """Closes the pane on the right of Time Series, which takes a fifth of the window. For `prepare`."""
+    page.get_by_role("button", name="Settings").last.click()
+
+
+# The elements that hold a chart, a picture or a text, in the old dashboards inside nested shadow roots.
 _DRAWN = """() => {
-  const seen = (root, selector) => {
-    let found = [...root.querySelectorAll(selector)];
-    for (const node of root.querySelectorAll('*')) if (node.shadowRoot) found.push(...seen(node.shadowRoot, selector));
-    return found.filter(e => e.getClientRects().length);
+  const shown = 'line-chart, histogram-component, vz-line-chart2, vz-histogram-timeseries, tf-markdown-view, iframe';
+  const find = (root, selector) => {
+    const inner = [...root.querySelectorAll('*')].filter(e => e.shadowRoot).map(e => find(e.shadowRoot, selector));
+    return [...root.querySelectorAll(selector), ...inner.flat()].filter(e => e.getClientRects().length);
   };
-  const ready = seen(document, 'line-chart canvas, vz-line-chart2 svg path, .tf-histogram svg, histogram-component svg');
-  const pictures = seen(document, 'img').filter(e => e.complete && e.naturalWidth);
-  const cards = seen(document, 'tf-text-loader table, tf-text-loader p, iframe');
-  const loading = seen(document, 'mat-spinner, paper-spinner-lite[active], .loading');
-  return ready.length + pictures.length + cards.length > 0 && !loading.length;
+  const pictures = find(document, 'img');
+  const waiting = find(document, 'mat-spinner, .loading').length + pictures.filter(e => !e.complete).length;
+  return find(document, shown).length + pictures.length > 0 && waiting === 0;
 }"""
 
 
@@ -207,13 +218,13 @@ def shrink(path: Path, limit: int = MAX_BYTES) -> None:
 
 def train(folder: Path, seed: int) -> None:
     """Trains the networks of the demo, with logs in `folder`."""
-    from lightning_interp.demo import main as demo  # noqa: PLC0415 - imports torch and Lightning
+    from lightning_interp.demo import run_demo
 
-    demo(folder, epochs=None, seed=seed)
+    run_demo(folder, seed=seed)
 
 
 def main(out: Path = Path("docs/figures"), logs: Path | None = None, seed: int = 0) -> None:
-    """Writes `timeseries.png` and `filters.png`.
+    """Writes the pictures of `FIGURES`.
 
     Args:
         out: Folder of the pictures.
@@ -226,8 +237,8 @@ def main(out: Path = Path("docs/figures"), logs: Path | None = None, seed: int =
             train(logs, seed)
         with tensorboard_server(logs) as url, browser() as chromium:
             wait_for_tag(url, "interp")
-            screenshot(chromium, url, out / "timeseries.png", tag_filter=r"^interp/|interp\.dead")
-            screenshot(chromium, url, out / "filters.png", tag_filter=r"interp\.(filters|activation)")
+            for name, tag_filter in FIGURES.items():
+                screenshot(chromium, url, out / f"{name}.png", tag_filter=tag_filter, prepare=close_settings)
 
 
 if __name__ == "__main__":

@@ -18,18 +18,40 @@ if TYPE_CHECKING:
     from lightning_interp.callbacks.filter_grid import FilterGrid
     from lightning_interp.callbacks.interp import Interp, standard_callbacks
     from lightning_interp.callbacks.training_dynamics import TrainingDynamics
+    from lightning_interp.errors import AlertRaised, ArgumentError, InterpWarning
     from lightning_interp.rules.alert import Alert
+    from lightning_interp.rules.bad_start import BadStartRule
+    from lightning_interp.rules.dead_filters import DeadFiltersRule
+    from lightning_interp.rules.dormant_units import DormantUnitsRule
+    from lightning_interp.rules.learning_rate_too_high import LearningRateTooHighRule
+    from lightning_interp.rules.learning_rate_too_low import LearningRateTooLowRule
+    from lightning_interp.rules.noisy_filters import NoisyFiltersRule
+    from lightning_interp.rules.non_finite import NonFiniteRule
     from lightning_interp.rules.rule import Rule
+    from lightning_interp.rules.undertrained import UndertrainedRule
+    from lightning_interp.rules.untrained_layer import UntrainedLayerRule
 
 _HOMES = {
     "ActivationSparsity": "callbacks.activation_sparsity",
     "Alert": "rules.alert",
+    "AlertRaised": "errors",
     "Alerts": "callbacks.alerts",
+    "ArgumentError": "errors",
+    "BadStartRule": "rules.bad_start",
     "DeadFilters": "callbacks.dead_filters",
+    "DeadFiltersRule": "rules.dead_filters",
+    "DormantUnitsRule": "rules.dormant_units",
     "FilterGrid": "callbacks.filter_grid",
     "Interp": "callbacks.interp",
+    "InterpWarning": "errors",
+    "LearningRateTooHighRule": "rules.learning_rate_too_high",
+    "LearningRateTooLowRule": "rules.learning_rate_too_low",
+    "NoisyFiltersRule": "rules.noisy_filters",
+    "NonFiniteRule": "rules.non_finite",
     "Rule": "rules.rule",
     "TrainingDynamics": "callbacks.training_dynamics",
+    "UndertrainedRule": "rules.undertrained",
+    "UntrainedLayerRule": "rules.untrained_layer",
     "__version__": "_version",
     "standard_callbacks": "callbacks.interp",
 }
@@ -37,12 +59,24 @@ _HOMES = {
 __all__ = [
     "ActivationSparsity",
     "Alert",
+    "AlertRaised",
     "Alerts",
+    "ArgumentError",
+    "BadStartRule",
     "DeadFilters",
+    "DeadFiltersRule",
+    "DormantUnitsRule",
     "FilterGrid",
     "Interp",
+    "InterpWarning",
+    "LearningRateTooHighRule",
+    "LearningRateTooLowRule",
+    "NoisyFiltersRule",
+    "NonFiniteRule",
     "Rule",
     "TrainingDynamics",
+    "UndertrainedRule",
+    "UntrainedLayerRule",
     "__version__",
     "functional",
     "standard_callbacks",

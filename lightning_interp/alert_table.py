@@ -25,7 +25,7 @@ def alert_table(rows: Iterable[tuple[Sequence[str], Sequence[Alert]]], *, column
     """
     table = Table(box=box.ROUNDED, show_lines=True)
     for column in columns:
-        table.add_column(column, no_wrap=len(column) > len("run"))
+        table.add_column(column, max_width=24, overflow="fold")
     table.add_column("alerts", ratio=1)
     for cells, alerts in rows:
         table.add_row(*(Text(cell) for cell in cells), _blocks(alerts))
@@ -39,19 +39,16 @@ def _blocks(alerts: Sequence[Alert]) -> Text:
 
 
 def describe(alert: Alert) -> Text:
-    """Rule, severity, layer and step in one line; then what was seen, the evidence, the cause and the advice."""
+    """The rule; severity, layer and step; what was seen, the evidence, the cause and the advice: a line each."""
     raised = alert.status == "raised"
-    head = Text(alert.rule, style=STYLES[alert.severity] if raised else "dim")
-    head.append(f"  {alert.severity}, " if raised else "  cleared, ", style="not bold")
-    head.append(f"{'layer ' + alert.layer if alert.layer else 'whole run'}, step {alert.step}", style="not bold")
-    parts = [head]
+    place = f"layer {alert.layer}" if alert.layer else "whole run"
+    lines = [
+        Text(alert.rule, style=STYLES[alert.severity] if raised else "dim"),
+        Text(f"{alert.severity if raised else 'cleared'}, {place}, step {alert.step}"),
+    ]
     if alert.message:
-        parts.append(Text(alert.message))
-    if alert.evidence:
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in alert.evidence.items())
-        parts.append(Text("evidence: ", style="dim").append(numbers, style="not dim"))
-    if alert.cause:
-        parts.append(Text("cause: ", style="dim").append(alert.cause, style="not dim"))
-    if alert.advice:
-        parts.append(Text("advice: ", style="dim").append(alert.advice, style="not dim"))
-    return Text("\n").join(parts)
+        lines.append(Text(alert.message))
+    evidence = ", ".join(f"{name} {value:.4g}" for name, value in alert.evidence.items())
+    named = {"evidence": evidence, "cause": alert.cause, "advice": alert.advice}
+    lines += [Text.assemble((f"{name}: ", "dim"), text) for name, text in named.items() if text]
+    return Text("\n").join(lines)

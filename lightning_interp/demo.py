@@ -6,12 +6,14 @@ The images are the 1,797 handwritten digits (8x8) that scikit-learn ships: nothi
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_interp.alert_log import read_alerts
 from lightning_interp.alert_table import alert_table
 from lightning_interp.callbacks.interp import Interp
+from lightning_interp.errors import InterpWarning
 from lightning_interp.rules.alert import Alert
 
 MARKER = ".lightning-interp-demo"
+OWN_FILES = (MARKER, "alerts.jsonl", "events.out.tfevents.*", "hparams.yaml", "interp_step0_*.pt")  # all a run writes
 TRAIN_IMAGES = 1400
 BATCH_SIZE = 50
 STEPS_PER_EPOCH = TRAIN_IMAGES // BATCH_SIZE
-
-# What tells Lightning's own chatter apart from errors: everything below ERROR from these.
-_CHATTY = ("pytorch_lightning", "lightning", "lightning_fabric", "lightning_interp")
 
 
 class DemoError(Exception):
@@ -152,9 +153,10 @@ def run_demo(out: Path, *, epochs: int = 20, seed: int = 0, console: Console | N
             progress.update(task, description=run.name)
             ticks = _Ticks(progress, task)
             outcomes.append(train_run(run, out, train, validation, epochs=epochs, seed=seed, callbacks=[ticks]))
-    rows = [((f"{outcome.name}", f"{outcome.accuracy:.1%}"), outcome.alerts) for outcome in outcomes]
+    rows = [((outcome.name, f"{outcome.accuracy:.1%}"), outcome.alerts) for outcome in outcomes]
     console.print(alert_table(rows, columns=["run", "accuracy"]))
-    console.print("Now look inside:  tensorboard --logdir", str(out), style="bold", soft_wrap=True, highlight=False)
+    line = f"Now look inside:  tensorboard --logdir {shlex.quote(str(out))}"
+    console.print(line, style="bold", soft_wrap=True, highlight=False, markup=False)
     return outcomes
 
 
@@ -209,10 +211,10 @@ def load_digits() -> tuple[TensorDataset, TensorDataset]:
 
 
 def prepare(out: Path) -> None:
-    """Makes `out` and an empty marked folder per run; removes those of an earlier demo, and nothing else.
+    """Makes `out` and an empty marked folder per run; removes what an earlier demo wrote there, and nothing else.
 
     Raises:
-        DemoError: If a folder in the way has no marker of the demo, or is a link.
+        DemoError: If a folder in the way was not made by the demo, or holds something that the demo did not write.
         OSError: If `out` can't be written to.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -220,8 +222,9 @@ def prepare(out: Path) -> None:
         pass  # a folder may exist and be read-only
     folders = [out / run.name for run in RUNS]
     for folder in folders:
-        if not _replaceable(folder):
-            raise DemoError(f"{str(folder)!r} was not made by the demo, so it stays; choose another folder with --out")
+        foreign = _foreign(folder)
+        if foreign is not None:
+            raise DemoError(f"{str(foreign)!r} was not made by the demo, so it stays; choose another folder with --out")
     for folder in folders:
         if folder.exists():
             shutil.rmtree(folder)
@@ -229,10 +232,19 @@ def prepare(out: Path) -> None:
         (folder / MARKER).touch()
 
 
-def _replaceable(folder: Path) -> bool:
+def _foreign(folder: Path) -> Path | None:
+    """What stands in the way of a run and was not written by the demo; None if there is nothing of the kind."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        return False
-    return not folder.exists() or (folder / MARKER).is_file() or not any(folder.iterdir())
+        return folder
+    inside = sorted(folder.rglob("*")) if folder.exists() else []
+    if inside and folder / MARKER not in inside:
+        return folder
+    own = (path.is_file() and not path.is_symlink() and path.parent == folder and _is_own(path.name) for path in inside)
+    return next((path for path, is_own in zip(inside, own, strict=True) if not is_own), None)
+
+
+def _is_own(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in OWN_FILES)
 
 
 def _progress(console: Console) -> Progress:
@@ -243,20 +255,13 @@ def _progress(console: Console) -> Progress:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences warnings and Lightning's log lines, and puts everything back, also after an exception."""
-    loggers = [logging.getLogger(name) for name in _CHATTY]
-    loggers += [log for name, log in logging.root.manager.loggerDict.items() if _is_chatty(name, log)]  # type: ignore[misc]
-    levels = [(logger, logger.level) for logger in loggers]
+    """Silences log lines below ERROR, and warnings but this package's own; puts all back, also after an exception."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            warnings.simplefilter("default", InterpWarning)
             yield
     finally:
-        for logger, level in levels:
-            logger.setLevel(level)
-
-
-def _is_chatty(name: str, log: object) -> bool:
-    return isinstance(log, logging.Logger) and name.startswith(tuple(f"{prefix}." for prefix in _CHATTY))
+        logging.disable(disabled)

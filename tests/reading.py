@@ -27,7 +27,7 @@ from tensorboard.backend.event_processing.plugin_event_multiplexer import EventM
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.data import grpc_provider
 
-BACK_ENDS = ("fast", "slow")
+BACK_ENDS = ("fast", "slow") if tensorboard_data_server.server_binary() else ("slow",)
 WAIT_S = 60.0
 _ALL = 100_000
 _BY_PLUGIN = {"scalars": "scalars", "histograms": "tensors", "text": "tensors", "images": "blob_sequences"}
@@ -90,7 +90,7 @@ def _fast(folder: Path) -> Iterator[Any]:
     port_file.unlink(missing_ok=True)
     command = [tensorboard_data_server.server_binary(), f"--logdir={folder}", "--reload=once", "--port=0"]
     command += [f"--port-file={port_file}", "--die-after-stdin", "--host=127.0.0.1"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as server:  # ends when its stdin is closed
+    with subprocess.Popen(command, stdin=subprocess.PIPE):  # ends when its stdin is closed
         try:
             _wait(lambda: port_file.exists() and port_file.read_text().endswith("\n"), "the data server to start")
             with grpc.insecure_channel(f"127.0.0.1:{int(port_file.read_text())}") as channel:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from pytorch_lightning import Callback as CallbackBase
     from pytorch_lightning import LightningModule, Trainer
 
-    __all__ = ["CallbackBase", "LightningModule", "Trainer"]
 else:
+    LightningModule = Trainer = Any  # names for annotations only: which of the two namespaces is in use is not known
     _NAMES = [name for name in ("pytorch_lightning", "lightning.pytorch") if importlib.util.find_spec(name.split(".")[0])]
     if not _NAMES:
         raise ModuleNotFoundError("lightning_interp needs PyTorch Lightning: pip install pytorch-lightning")

@@ -26,6 +26,8 @@ OnError = Literal["warn", "raise"]
 
 # Hooks that must run even while a callback rests: they clean up.
 _CLEANING = frozenset({"teardown", "on_exception"})
+# Hooks that run whatever the Trainer does; the others only during `fit`.
+_ALWAYS = _CLEANING | {"setup"}
 _HOOKS = frozenset(
     {
         "setup", "teardown", "on_exception", "on_fit_start", "on_fit_end", "on_sanity_check_start", "on_sanity_check_end",
@@ -46,12 +48,16 @@ def _guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(self: InterpCallback, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
         if self._depth:  # called by another hook of the same callback, through super() or directly
             return hook(self, trainer, *args, **kwargs)
+        if name not in _ALWAYS and (trainer.state.fn != "fit" or (trainer.sanity_checking and "validation" in name)):
+            return None
         if self.resting and name not in _CLEANING:
             return self.while_resting(name, trainer)
         self._depth += 1
         started = time.perf_counter()
         try:
-            return hook(self, trainer, *args, **kwargs)
+            result = hook(self, trainer, *args, **kwargs)
+            self.flush(trainer)
+            return result
         except (ArgumentError, AlertRaised):
             raise
         except Exception as error:
@@ -116,6 +122,7 @@ class InterpCallback(CallbackBase):
         self.resting = False
         self.seconds = 0.0
         self._depth = 0
+        self._outbox: list[Record] = []
         self._said: set[str] = set()
 
     # ------------------------------------------------------------------ identity and state
@@ -132,6 +139,7 @@ class InterpCallback(CallbackBase):
         if stage == "fit":
             self.resting = False
             self._said.clear()
+            self._outbox.clear()
             self.seconds = 0.0
             Session.begin(trainer, pl_module)
 
@@ -180,8 +188,14 @@ class InterpCallback(CallbackBase):
     # ------------------------------------------------------------------ output
 
     def write(self, trainer: Trainer, records: Iterable[Record]) -> None:
-        """Hands records to the loggers, unless the callback is quiet."""
-        if not self.quiet:
+        """Hands records to the loggers at the end of the current hook, all at once, unless the callback is quiet."""
+        if not self.quiet and trainer.is_global_zero:
+            self._outbox.extend(records)
+
+    def flush(self, trainer: Trainer) -> None:
+        """Hands over what waits; called at the end of each hook."""
+        if self._outbox:
+            records, self._outbox = self._outbox, []
             Session.of(trainer).write(trainer, records)
 
     def tag(self, quantity: str, suffix: str = "") -> str:

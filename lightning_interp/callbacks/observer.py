@@ -61,6 +61,12 @@ class Observer:
         if error is not None:
             raise error
 
+    def discard(self, reader: Reader) -> None:
+        """Takes a reader off, whatever went wrong while it read."""
+        self._readers.pop(reader, None)
+        if not self._readers:
+            self._stop()
+
     def close(self) -> None:
         """Takes everything off the model. May be called at any time, more than once."""
         self._readers.clear()

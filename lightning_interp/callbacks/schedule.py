@@ -12,7 +12,7 @@ FALLBACK_STEPS = 500
 
 @dataclass(frozen=True)
 class Schedule:
-    """Every n epochs or every n training steps, as in Lightning's ModelCheckpoint.
+    """Every n epochs or every n training steps, as in Lightning's ModelCheckpoint; every epoch if neither is given.
 
     Attributes:
         every_n_epochs: Due at the end of epoch e (from 0) if (e + 1) is a multiple; the first epoch always is.
@@ -30,6 +30,8 @@ class Schedule:
                 "Arguments `every_n_epochs` and `every_n_train_steps` exclude each other, but both were given "
                 f"({self.every_n_epochs} and {self.every_n_train_steps}). Set one of them to None."
             )
+        if self.every_n_epochs is None and self.every_n_train_steps is None:
+            object.__setattr__(self, "every_n_epochs", 1)
 
     def epoch_due(self, epoch: int) -> bool:
         """Whether the end of this epoch (from 0) is due."""

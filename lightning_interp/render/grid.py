@@ -25,9 +25,9 @@ def tile(
 ) -> Pixels:
     """Equally sized pictures in rows, from the top left.
 
-    With `outlined`, each picture has a frame of its own, `gap` pixels thick, in the signal colour where it is marked; so
-    neighbours are then 2 * `gap` apart, and one that is not marked can't look so for its neighbours' sake. The
-    size of the result does not depend on which are marked.
+    With `outlined`, each picture has a frame of its own, `gap` pixels thick, in the signal colour where it is marked;
+    so neighbours are then 2 * `gap` apart, and one that is not marked can't look so for its neighbours' sake. The size
+    of the result does not depend on which are marked.
 
     Args:
         images: (N, h, w, 3), at least one.

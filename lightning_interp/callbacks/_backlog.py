@@ -1,0 +1,67 @@
+"""Measured values that wait on the device, so that many are fetched at once and no step waits for the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lightning_interp.functional.updates import to_host
+
+
+@dataclass
+class Item:
+    """What was measured at one step.
+
+    Attributes:
+        kind: What it is, for the reader.
+        step: On the axis of `self.log`.
+        tensors: Still on the device.
+        values: On the host.
+        notes: What was known on the host all along; plain Python.
+    """
+
+    kind: str
+    step: int
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, list[float]] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+class Backlog:
+    """Items in the order in which they were measured."""
+
+    def __init__(self) -> None:
+        """Starts empty."""
+        self._items: list[Item] = []
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def add(self, kind: str, step: int, tensors: dict[str, Tensor], **notes: Any) -> None:
+        """Appends an item; the tensors must not be written to any more."""
+        self._items.append(Item(kind, step, tensors, notes=notes))
+
+    def take(self) -> list[Item]:
+        """All items, with their values, oldest first; the backlog is empty then."""
+        self.resolve()
+        items, self._items = self._items, []
+        return items
+
+    def resolve(self) -> None:
+        """Fetches all values, in one transfer for each device and dtype."""
+        waiting = [(item, name) for item in self._items for name in item.tensors]
+        for (item, name), values in zip(waiting, to_host([item.tensors[name] for item, name in waiting]), strict=True):
+            item.values[name] = values
+        for item in self._items:
+            item.tensors = {}
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Plain Python, safe in a checkpoint; the items stay."""
+        self.resolve()
+        return [{"kind": i.kind, "step": i.step, "values": i.values, "notes": i.notes} for i in self._items]
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        """The inverse of `state_dict`."""
+        self._items = [Item(s["kind"], s["step"], values=s["values"], notes=s["notes"]) for s in state]

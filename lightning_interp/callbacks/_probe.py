@@ -1,0 +1,248 @@
+"""The loss of one batch before and after the update that it caused: hooks and mode of a single probed batch."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+
+from lightning_interp.callbacks._tape import Slot, Tape
+from lightning_interp.callbacks.guard import undisturbed
+from lightning_interp.functional.losses import in_backward
+from lightning_interp.functional.tracing import ActivationTracer
+from lightning_interp.functional.updates import predicted_fall, to_host
+
+# In eval mode these take a fast path only if nobody listens, and it rounds differently.
+_ATTENTION = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+
+
+class _CallHook:
+    """A hook that holds on to a probe only while it is on: copies and pickles of the model get one that does nothing."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> None:
+        self._function(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return functools.partial(sys.audit, "lightning_interp.inert_hook")
+
+    def __reduce__(self) -> Any:
+        # A partial of a builtin: it returns None, and a checkpoint that holds it loads without this package.
+        return functools.partial, (sys.audit, "lightning_interp.inert_hook")
+
+
+class SameBatchProbe:
+    """Records one training step and, after the update, computes its loss again.
+
+    Args:
+        model: The LightningModule.
+        parameters: Whose gradients count for the predicted fall.
+
+    Attributes:
+        images: Mean and standard deviation of the first images that a module of the model was called with, or None.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        self.images: tuple[Tensor, Tensor] | None = None
+        self._model = model
+        self._parameters = [p for p in parameters if p.requires_grad and p.is_leaf]
+        self._tape = Tape(next((p.device for p in parameters), torch.device("cpu")))
+        self._modes = {module: module.training for module in _recorded(model)}
+        self._own: list[bool] = []
+        self._handles: list[RemovableHandle] = []
+        self._taps: list[RemovableHandle] = []
+        self._gradients: dict[int, Tensor] = {}
+        self._backwards = 0
+        self._loss: Tensor | None = None
+        self._exact: Slot | None = None
+        self._candidates: list[tuple[Slot, Tensor]] = []
+
+    # ------------------------------------------------------------------ on and off
+
+    def attach(self) -> None:
+        """Puts the hooks and the mode on; they change no result."""
+        for module in self._model.modules():
+            if isinstance(module, _ATTENTION):
+                self._handles.append(module.register_forward_pre_hook(_CallHook(self._before_attention)))
+        for module in self._modes:
+            before, after = _CallHook(self._before_call), _CallHook(self._after_call)
+            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+        self._tape.__enter__()  # type: ignore[no-untyped-call]
+
+    def stop_recording(self) -> None:
+        """Takes the hooks and the mode off. May be called at any time, more than once."""
+        self._tape.close()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def detach(self) -> None:
+        """Takes everything off. May be called at any time, more than once; what was recorded stays."""
+        self.stop_recording()
+        self.after_backward()
+
+    # ------------------------------------------------------------------ the forward
+
+    def _before_attention(self, module: nn.Module, args: Any) -> None:
+        if not module.training:
+            self.stop_recording()
+
+    def _before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Under DDP the model is called to run `training_step`, with its forward exchanged for a moment.
+        own = module is not self._model or _has_own_forward(module)
+        self._own.append(own)
+        if not own:
+            return
+        if self.images is None and module.training and not in_backward():
+            self.images = image_statistics((args, kwargs))
+        self._tape.begin(module, args, kwargs, record=module.training is self._modes[module])
+
+    def _after_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self._own and self._own.pop():
+            self._tape.finish(output)
+
+    # ------------------------------------------------------------------ the backward
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Recording ends; from now on the gradients of this batch alone are listened to."""
+        self.stop_recording()
+        self._backwards += 1
+        if self._backwards > 1:
+            # Which of several losses moved the weights, and how far, can't be told apart any more.
+            self._exact, self._candidates = None, []
+            self.after_backward()
+            return
+        slot = self._tape.find(loss)
+        self._exact = slot if slot is not None and self._tape.entries[slot.entry].loss else None
+        self._candidates = self._tape.losses()
+        self._tape.strip()
+        if not self._candidates:
+            return
+        self._loss = loss.detach()
+        # Not `.grad`: that holds the sum over micro-batches, and under DDP the mean over ranks.
+        for parameter in self._parameters:
+            if parameter.requires_grad:
+                tap = functools.partial(self._listen, id(parameter))
+                self._taps.append(parameter.register_hook(tap))
+
+    def _listen(self, key: int, gradient: Tensor) -> None:
+        seen = self._gradients.get(key)
+        self._gradients[key] = gradient.detach() if seen is None else seen + gradient.detach()
+
+    def after_backward(self) -> None:
+        """The gradients are complete."""
+        for tap in self._taps:
+            tap.remove()
+        self._taps.clear()
+
+    # ------------------------------------------------------------------ after the update
+
+    @property
+    def num_classes(self) -> tuple[int, Tensor] | None:
+        """Classes and value of the last cross-entropy of the step, None if there was none."""
+        calls = [call for call in self._tape.calls if call.num_classes is not None]
+        return (calls[-1].num_classes or 0, calls[-1].value) if calls else None
+
+    def measure(
+        self, returned: Tensor, updates: dict[int, Tensor], forward_context: AbstractContextManager[Any]
+    ) -> dict[str, Tensor]:
+        """The loss of the batch with the new weights.
+
+        Args:
+            returned: The loss that `training_step` returned.
+            updates: After minus before, by the id of the parameter.
+            forward_context: Of the precision plugin.
+
+        Returns:
+            Single numbers on the device: `value` and `again`, the loss before and after in the scale that was found on
+            the tape, `exact` (1 if it is the very tensor that went into backward), `backward`, what went there, and
+            `fall`, -g . Delta in the scale of `backward`. Empty if the loss is not known well enough.
+        """
+        self.detach()
+        found = self._select(returned)
+        if found is None or self._loss is None or _someone_listens():
+            return {}
+        slot, value = found
+        with undisturbed(self._model, training=None), forward_context:
+            again = self._tape.replay(slot)
+        if again is None:
+            return {}
+        keys = [key for key in self._gradients if key in updates]
+        fall = predicted_fall([self._gradients[key] for key in keys], [updates[key] for key in keys])
+        exact = torch.full((), float(slot == self._exact))
+        return {"value": value, "again": again, "exact": exact, "backward": self._loss, "fall": fall}
+
+    def _select(self, returned: Tensor) -> tuple[Slot, Tensor] | None:
+        """The tensor that went into backward, else the number on the tape that is nearest to the returned loss."""
+        if self._exact is not None and self._loss is not None:
+            return self._exact, self._loss
+        if len(self._candidates) < 2:
+            return self._candidates[0] if self._candidates else None
+        values = to_host([returned, *(value for _, value in self._candidates)])
+        distances = [abs(value[0] - values[0][0]) for value in values[1:]]
+        return self._candidates[distances.index(min(distances))]
+
+
+def can_probe(model: nn.Module, world_size: int) -> bool:
+    """Whether hooks, mode and a second forward are harmless for this model.
+
+    Not with compiled parts (new hooks would compile them anew), nor with attention in eval mode (it takes another path
+    when someone listens), nor with batch normalisation over ranks (a second forward would be a collective).
+    """
+    for module in model.modules():
+        frozen_attention = isinstance(module, _ATTENTION) and not module.training
+        synchronised = isinstance(module, nn.SyncBatchNorm) and world_size > 1
+        if frozen_attention or synchronised or _is_compiled(module):
+            return False
+    return True
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
+        return True
+    if getattr(module, "_compiler_ctx", None) is not None:
+        return True
+    own = [*vars(module).values(), getattr(type(module), "forward", None), getattr(type(module), "training_step", None)]
+    return any(hasattr(value, "_torchdynamo_orig_callable") for value in own if callable(value))
+
+
+def image_statistics(value: Any) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation of the first floating tensor of three or more axes, on its device; None without one."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim >= 3 and leaf.numel():
+            with torch.no_grad(), torch._C.DisableTorchFunction():
+                deviation, mean = torch.std_mean(leaf.detach().float(), correction=0)
+            return mean, deviation
+    return None
+
+
+def _recorded(model: nn.Module) -> Iterator[nn.Module]:
+    """The model and its parts: what `training_step` calls. Lists of modules are not called, their items are."""
+    yield model
+    waiting = list(model.children())
+    while waiting:
+        module = waiting.pop(0)
+        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+            waiting = [*module.children(), *waiting]
+        elif not isinstance(module, torch.jit.ScriptModule):
+            yield module
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    return getattr(module.forward, "__func__", None) is type(module).forward
+
+
+def _someone_listens() -> bool:
+    """Whether another callback still reads activations: it would take our forward for the user's."""
+    stack = (torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack()))
+    return any(isinstance(mode, ActivationTracer) for mode in stack)

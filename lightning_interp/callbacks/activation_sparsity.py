@@ -1,0 +1,249 @@
+"""`ActivationSparsity`: how many activations are zero, how that spreads over channels, and the maps themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_interp._options import check_bool, check_positive_int, check_strings, select, spread
+from lightning_interp.callbacks._lightning import LightningModule, Trainer
+from lightning_interp.callbacks.base import InterpCallback, OnError
+from lightning_interp.callbacks.batches import UnreadableError
+from lightning_interp.callbacks.guard import undisturbed
+from lightning_interp.callbacks.samples import fixed_samples
+from lightning_interp.callbacks.session import Session
+from lightning_interp.functional.sparsity import zero_fraction
+from lightning_interp.functional.tracing import ActivationTracer, End
+from lightning_interp.records import Histogram
+from lightning_interp.render.color import denormalise
+from lightning_interp.render.maps import activation_grid
+
+_SAMPLE_EVERY = 50
+_MAX_CHANNELS = 64
+_BINS = 20
+
+
+class ActivationSparsity(InterpCallback):
+    """Measures the share of exact zeros behind each non-linearity, and shows the activation maps of fixed images.
+
+    Sampled: the first training batch of an epoch and every 50th after it (with a step schedule: the batches that are
+    due). High sparsity is no fault in itself; `DeadFilters` tells what is.
+
+    Logs:
+        `interp.sparsity/<NN>_<layer>`: share of zeros over channels and positions, in [0, 1].
+        `interp.sparsity_channels/...`: histogram over channels.
+        `interp/sparsity_mean`: mean over layers, also in `trainer.callback_metrics`.
+        `interp.activation_maps/...`: the maps of each layer for the first fixed sample, the input beside them.
+
+    Source: Glorot, Bordes, Bengio 2011; CS231n, understanding and visualizing CNNs.
+    """
+
+    provides: ClassVar[tuple[str, ...]] = ("sparsity", "sparsity_channels", "sparsity_mean", "activation_maps", "cost")
+    measures: ClassVar[tuple[str, ...]] = ("sparsity",)
+
+    def __init__(  # noqa: PLR0913 - options, by keyword
+        self,
+        *,
+        maps: bool = True,
+        every_n_epochs: int | None = None,
+        every_n_train_steps: int | None = None,
+        layers: Sequence[str] | None = None,
+        max_layers: int = 32,
+        num_samples: int = 1,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        name: str | None = None,
+        on_error: OnError = "warn",
+    ) -> None:
+        """Checks the options.
+
+        Args:
+            maps: Whether to show activation maps.
+            every_n_epochs: Due at the end of every n-th epoch; the first one always is. Every epoch by default.
+            every_n_train_steps: Due every n training steps instead.
+            layers: Names or globs of the layers to measure; None takes all that a non-linearity follows.
+            max_layers: Most layers with scalars and pictures of their own; aggregates hold all.
+            num_samples: Images whose maps are shown.
+            mean: Per channel, to show normalised images in true colours.
+            std: Per channel, likewise.
+            name: Tells two instances apart, in the tags and in the checkpoint.
+            on_error: `"warn"` reports an error once and rests; `"raise"` raises it.
+
+        Raises:
+            ArgumentError: If an option is wrong.
+        """
+        super().__init__(
+            every_n_epochs=every_n_epochs,
+            every_n_train_steps=every_n_train_steps,
+            layers=layers,
+            max_layers=max_layers,
+            name=name,
+            on_error=on_error,
+        )
+        check_bool("maps", maps)
+        check_positive_int("num_samples", num_samples)
+        check_strings("layers", layers)
+        self.maps = maps
+        self.num_samples = num_samples
+        self.mean = None if mean is None else list(mean)
+        self.std = None if std is None else list(std)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._fractions: dict[str, list[Tensor]] = {}
+        self._images: Tensor | None = None
+        self._shown_first = False
+        self._sparsity = float("nan")
+
+    # ------------------------------------------------------------------ life
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Joins the session and checks the names of the layers."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._reset()
+            select("layers", self.layers, [name for name, _ in pl_module.named_modules() if name])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reads the fixed samples and shows the state before the first step."""
+        self._publish(trainer)
+        if Session.of(trainer).observer.compiled:
+            self.say_once("The model is compiled, so ActivationSparsity can't watch its batches; maps are still shown.")
+        if self.maps and not self.quiet and trainer.is_global_zero:
+            try:
+                self._images, _ = fixed_samples(trainer, pl_module, self.num_samples)
+            except UnreadableError as error:
+                self.say_once(f"ActivationSparsity shows no activation maps: {error}")
+        if self.step_of(trainer) == 0:
+            self._show_maps(trainer, pl_module, step=0)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Opens the reader on sampled batches."""
+        session = Session.of(trainer)
+        if self._sampled(trainer, batch_idx) and not session.observer.compiled:
+            session.observer.open(self._read, None if self.layers is None else self._wanted(session))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Takes the reader off; reports the first batch, and what a step schedule makes due."""
+        Session.of(trainer).observer.close_reader(self._read)
+        step = self.step_of(trainer)
+        first, self._shown_first = not self._shown_first and step == 0, True
+        due = self.step_due(trainer, step)
+        if first or due:
+            self._report(trainer, step=step)
+        if due:
+            self._show_maps(trainer, pl_module, step=step)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps the metric present for EarlyStopping."""
+        self._publish(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reports an epoch that is due."""
+        step = self.step_of(trainer) - 1
+        if self.schedule.epoch_due(trainer.current_epoch):
+            self._report(trainer, step=step)
+            self._show_maps(trainer, pl_module, step=step)
+        self.log_cost(trainer, step=step)
+
+    # ------------------------------------------------------------------ measuring
+
+    def _sampled(self, trainer: Trainer, batch_idx: int) -> bool:
+        step = self.step_of(trainer)
+        if self.schedule.every_n_epochs is not None:
+            return batch_idx % _SAMPLE_EVERY == 0 and (
+                self.schedule.epoch_due(trainer.current_epoch) or trainer.num_training_batches == float("inf")
+            )
+        return step == 0 or self.step_due(trainer, step)
+
+    def _wanted(self, session: Session) -> list[str] | None:
+        """The chosen units, or None as long as none are known."""
+        known = list(session.observer.units)
+        return select("layers", self.layers, known) if known else None
+
+    def _read(self, end: End) -> None:
+        if end.activation is not None:
+            channels = end.layout.channels_first(end.tensor)
+            self._fractions.setdefault(end.unit, []).append(zero_fraction(channels))
+
+    def _report(self, trainer: Trainer, *, step: int) -> None:
+        fractions, self._fractions = self._fractions, {}
+        if self.layers is not None:
+            fractions = {name: fractions[name] for name in select("layers", self.layers, list(fractions))}
+        if not fractions:
+            return
+        # One transfer for all layers.
+        means = {name: torch.stack(parts).mean(dim=0) for name, parts in fractions.items()}
+        flat = torch.cat(list(means.values())).double().cpu()
+        by_layer = dict(zip(means, flat.split([len(mean) for mean in means.values()]), strict=True))
+        values = {name: part.mean().item() for name, part in by_layer.items()}
+        self.log_layers(trainer, "sparsity", values, step=step)
+        self._sparsity = sum(values.values()) / len(values)
+        self.log_number(trainer, "sparsity_mean", self._sparsity, step=step)
+        self._publish(trainer)
+        edges = np.linspace(0.0, 1.0, _BINS + 1)
+        session = Session.of(trainer)
+        self.write(
+            trainer,
+            [
+                Histogram(
+                    tag=session.layer_tag("sparsity_channels", name, self.name),
+                    step=step,
+                    counts=np.histogram(by_layer[name].numpy(), bins=edges)[0].astype(np.float64),
+                    edges=edges,
+                )
+                for name in spread(list(by_layer), self.max_layers)
+            ],
+        )
+
+    def _publish(self, trainer: Trainer) -> None:
+        if not self.quiet:
+            self.publish(trainer, {"interp/sparsity_mean": self._sparsity})
+
+    # ------------------------------------------------------------------ pictures
+
+    def _show_maps(self, trainer: Trainer, pl_module: LightningModule, *, step: int) -> None:
+        """The activation maps of the fixed samples, one picture per layer."""
+        if self._images is None:
+            return
+        maps: dict[str, Tensor] = {}
+
+        def keep(end: End) -> None:
+            """The maps (C, h, w) of each sample, for units that have positions."""
+            spatial = end.tensor.ndim >= 3 and end.layout.outer == end.layout.inner == 1  # noqa: PLR2004
+            if end.activation is not None and spatial and end.unit not in maps:
+                maps[end.unit] = end.tensor.movedim(end.layout.axis, 1)[:, end.layout.start :][:, :_MAX_CHANNELS].clone()
+
+        try:
+            with undisturbed(pl_module, training=False), ActivationTracer(pl_module, keep) as tracer:
+                output = pl_module(self._images)
+            del output
+        except Exception as error:  # noqa: BLE001 - a forward that takes something else than images
+            self.maps, self._images = False, None
+            self.say_once(
+                f"ActivationSparsity shows no activation maps: calling the model with images raised "
+                f"{type(error).__name__}: {error}. Its numbers go on."
+            )
+            return
+        if tracer.error is not None:
+            raise tracer.error
+        chosen = maps if self.layers is None else {name: maps[name] for name in select("layers", self.layers, list(maps))}
+        images = denormalise(self._images.float().cpu().numpy(), self.mean, self.std) if self._images.ndim == 4 else None  # noqa: PLR2004
+        pictures = {}
+        for name, values in chosen.items():
+            for index in range(len(values)):
+                layer = name if len(values) == 1 else f"{name}/sample_{index}"
+                image = None if images is None else images[index]
+                pictures[layer] = _picture(values[index].float().cpu().numpy(), image)
+        self.log_pictures(trainer, "activation_maps", pictures, step=step)
+
+
+def _picture(maps: np.ndarray[Any, Any], image: Any) -> Any:
+    """Bound by value: the loop goes on before it is drawn."""
+    return lambda: activation_grid(maps, image)

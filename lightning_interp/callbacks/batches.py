@@ -1,0 +1,66 @@
+"""Reads images and labels out of whatever a data loader delivers, and scores out of whatever a model returns.
+
+| batch | images | labels |
+|---|---|---|
+| tensor | the tensor | none |
+| tuple or list | the first tensor | the second item, if it is a tensor |
+| dict or other mapping | `image`, `images`, `x`, `input`, `inputs`, `pixel_values` or `img` | `label`, `labels`, `y`, `target` or `targets` |
+| anything else | `interp_batch(batch)` of the LightningModule, which returns (images, labels) | |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+IMAGE_KEYS = ("image", "images", "x", "input", "inputs", "pixel_values", "img")
+LABEL_KEYS = ("label", "labels", "y", "target", "targets")
+SCORE_KEYS = ("logits", "scores", "out", "output", "outputs", "pred", "preds", "prediction", "predictions")
+
+
+class UnreadableError(ValueError):
+    """A batch or an output can't be read; the message says what to do."""
+
+
+def read_batch(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Images and labels of a batch.
+
+    Args:
+        model: The LightningModule; its method `interp_batch(batch)` wins if it has one.
+        batch: As the data loader delivers it.
+
+    Returns:
+        Images (N, ...), labels (N, ...) or None.
+
+    Raises:
+        UnreadableError: If no images are found.
+    """
+    own = getattr(model, "interp_batch", None)
+    if own is not None:
+        images, labels = own(batch)
+        return images, labels
+    if isinstance(batch, Tensor):
+        return batch, None
+    if isinstance(batch, Mapping):
+        images = _first(batch, IMAGE_KEYS)
+        if images is not None:
+            return images, _first(batch, LABEL_KEYS)
+    elif isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor):
+        labels = batch[1] if len(batch) > 1 and isinstance(batch[1], Tensor) else None
+        return batch[0], labels
+    keys = f" with keys {list(batch)!r}" if isinstance(batch, Mapping) else ""
+    raise UnreadableError(
+        f"Expected a batch with images (a tensor, (images, labels), or a dict with one of {', '.join(IMAGE_KEYS)}), but "
+        f"got {type(batch).__name__}{keys}. Give the LightningModule a method `interp_batch(batch)` that returns "
+        "(images, labels)."
+    )
+
+
+def _first(batch: Mapping[str, Any], keys: tuple[str, ...]) -> Tensor | None:
+    for key in keys:
+        if key in batch and isinstance(batch[key], Tensor):
+            found: Tensor = batch[key]
+            return found
+    return None

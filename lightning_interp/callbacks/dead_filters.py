@@ -1,0 +1,346 @@
+"""`DeadFilters`: which filters never fire, exactly, over a whole window, with their history."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_interp._options import check_choice, check_number, check_positive_int, select
+from lightning_interp.callbacks import _ranks
+from lightning_interp.callbacks._lightning import LightningModule, Trainer
+from lightning_interp.callbacks.base import InterpCallback, OnError
+from lightning_interp.callbacks.fallback import EagerPass
+from lightning_interp.callbacks.schedule import FALLBACK_STEPS
+from lightning_interp.callbacks.session import Session
+from lightning_interp.callbacks.window import Window
+from lightning_interp.functional.lifelines import FilterEvent, Lifelines
+from lightning_interp.functional.tracing import Unit
+from lightning_interp.records import Text
+from lightning_interp.render.markdown import escape
+
+_MAX_LISTED = 24
+
+
+class DeadFilters(InterpCallback):
+    """Counts filters whose activation is zero at every position of every input of a window.
+
+    What a filter and its activation are for each kind of network stands in `functional/tracing.py`. The first window
+    holds what the training forward sees before the first update; a filter dead in it is *born dead*. Later ones are a
+    validation run, or a training epoch or `window_steps` steps, whichever is shorter. Exact over all batches and ranks;
+    no cost once all filters are proven alive. Where the non-linearity has no exact zero, *dormant* units are counted
+    too (Sokar et al. 2023).
+
+    A compiled model can't be watched while it runs: there the fixed samples are passed through it eagerly at the end of
+    each window, and the counts are exact over these.
+
+    Logs:
+        `interp.dead_filters/<NN>_<layer>`: count; `interp.dead_fraction/...`: share of the layer, in [0, 1].
+        `interp.dormant_fraction/...`: share of units with a score at or below the threshold.
+        `interp/dead_filters`, `interp/dead_fraction_max`: over all layers, also in `trainer.callback_metrics`.
+        `interp.dead_filters/history`: a table of which filters died, when, and which revived.
+
+    Source: Lu et al. 2019 (arXiv 1903.06733); CS231n, neural networks part 1; Sokar et al. 2023 (arXiv 2302.12902).
+    """
+
+    provides: ClassVar[tuple[str, ...]] = ("dead_filters", "dead_fraction", "dormant_fraction", "cost")
+    measures: ClassVar[tuple[str, ...]] = ("dead_filters", "dead_fraction", "dormant_fraction", "num_filters")
+
+    def __init__(  # noqa: PLR0913 - options, by keyword
+        self,
+        *,
+        split: Literal["auto", "train", "val"] = "auto",
+        window_steps: int = FALLBACK_STEPS,
+        dormant_threshold: float = 0.025,
+        layers: Sequence[str] | None = None,
+        max_layers: int = 32,
+        name: str | None = None,
+        on_error: OnError = "warn",
+    ) -> None:
+        """Checks the options.
+
+        Args:
+            split: Forwards to watch: `"train"`, `"val"`, or `"auto"`: validation where there is one.
+            window_steps: Longest window of the training split, in optimizer steps.
+            dormant_threshold: A unit whose score is at most this is dormant; 0 counts silent units only.
+            layers: Names or globs of the layers to report; None reports all that have filters.
+            max_layers: Most layers with scalars of their own; aggregates hold all.
+            name: Tells two instances apart, in the tags and in the checkpoint.
+            on_error: `"warn"` reports an error once and rests; `"raise"` raises it.
+
+        Raises:
+            ArgumentError: If an option is wrong.
+        """
+        super().__init__(layers=layers, max_layers=max_layers, name=name, on_error=on_error)
+        check_choice("split", split, ("auto", "train", "val"))
+        check_positive_int("window_steps", window_steps)
+        check_number("dormant_threshold", dormant_threshold, low=0.0, high=1.0)
+        self.split = split
+        self.window_steps = window_steps
+        self.dormant_threshold = float(dormant_threshold)
+        self.lifelines = Lifelines()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._first_done = False
+        self._agreed_to_rest = False
+        self._window = Window()
+        self._started_at = 0
+        self._partial = False
+        self._restored: dict[str, Any] | None = None
+        self._eager: EagerPass | None = None
+
+    # ------------------------------------------------------------------ what a user reads
+
+    @property
+    def dead(self) -> dict[str, list[int]]:
+        """Layer to the indices of the filters that were dead in the last window."""
+        return {layer: self.lifelines.dead(layer) for layer in self.lifelines.layers}
+
+    @property
+    def events(self) -> list[FilterEvent]:
+        """All that happened: born dead, died in (after, until], revived; oldest first."""
+        return list(self.lifelines.events)
+
+    # ------------------------------------------------------------------ life
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Joins the session and checks the names of the layers."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        self.lifelines = Lifelines()
+        self._reset()
+        select("layers", self.layers, [name for name, _ in pl_module.named_modules() if name])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Chooses the split, and goes on with an open window after a resume."""
+        has_validation = trainer.enable_validation and bool(sum(_finite(n) for n in trainer.num_val_batches))
+        self._use_validation = self.split == "val" or (self.split == "auto" and has_validation)
+        if self.split == "val" and not has_validation:
+            self.say_once('DeadFilters(split="val") has no validation to watch; it watches the training batches instead.')
+            self._use_validation = False
+        if self._restored is not None:
+            self._window.load_state_dict(self._restored)
+            self._partial = trainer.world_size > 1 and self._window.forwards > 0
+            self._restored = None
+        if Session.of(trainer).observer.compiled:
+            self._eager = EagerPass(trainer, pl_module)
+            self.say_once(
+                "The model is compiled: DeadFilters measures in an eager pass over "
+                f"{self._eager.num_samples} fixed samples at the end of each window, and is exact over these."
+            )
+            if not self._first_done:
+                self._close(trainer, pl_module, step=0)
+        self._publish(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Opens the reader on batches that can still prove something."""
+        if not self._first_done or not self._use_validation:
+            self._open(trainer)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """The forward is over: what listens to torch functions need not hear backward and optimizer."""
+        if pl_module.automatic_optimization:
+            self._stop_reading(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Closes the first window after the first update, and later ones when they are full."""
+        self._stop_reading(trainer)
+        if self._first_done and self._use_validation:
+            return
+        if self._train_window_ends(trainer):
+            self._close(trainer, pl_module, step=self.step_of(trainer))
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Opens the reader on batches that can still prove something."""
+        if self._use_validation:
+            self._open(trainer)
+
+    def on_validation_batch_end(  # noqa: PLR0913 - Lightning's signature
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Takes the reader off."""
+        if self._use_validation:
+            self._stop_reading(trainer)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Closes a window of the validation split; before EarlyStopping looks at the metrics."""
+        if self._use_validation:
+            self._close(trainer, pl_module, step=self.step_of(trainer))
+        self._publish(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Closes a window of the training split."""
+        step = self.step_of(trainer) - 1
+        if not self._use_validation and self._epoch_window_open(trainer):
+            self._close(trainer, pl_module, step=step)
+        self.log_cost(trainer, step=step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A window of an endless epoch is closed where training ends."""
+        if not self._use_validation and self._epoch_window_open(trainer):
+            self._close(trainer, pl_module, step=max(0, self.step_of(trainer) - 1))
+
+    def release(self) -> None:
+        """Nothing of ours stays on the model; the observer drops the reader with the session."""
+        self._window.close()
+
+    # ------------------------------------------------------------------ windows
+
+    def _train_window_ends(self, trainer: Trainer) -> bool:
+        """The same on all ranks: it depends on the trainer's counters only."""
+        if trainer.fit_loop._should_accumulate():
+            return False
+        return not self._first_done or self.step_of(trainer) + 1 - self._started_at >= self.window_steps
+
+    def _epoch_window_open(self, trainer: Trainer) -> bool:
+        return self._first_done and self.step_of(trainer) > self._started_at
+
+    def _open(self, trainer: Trainer) -> None:
+        if self._eager is None:
+            self._window.open(Session.of(trainer).observer, self._chosen)
+
+    def _stop_reading(self, trainer: Trainer) -> None:
+        self._window.stop_reading()
+
+    def _chosen(self, units: dict[str, Unit]) -> list[str]:
+        names = [name for name, unit in units.items() if unit.counts]
+        return names if self.layers is None else [name for name in names if name in set(_matching(self.layers, names))]
+
+    def _close(self, trainer: Trainer, pl_module: LightningModule, *, step: int) -> None:
+        """Ends the window: reduces it over ranks, updates the histories, logs."""
+        first, self._first_done = not self._first_done, True
+        partial, self._partial = self._partial, False
+        observer = Session.of(trainer).observer
+        error: Exception | None = None
+        try:
+            if self._eager is not None:
+                self._eager.run(self._window, observer.units)
+            names = self._chosen(observer.units)
+            packed = self._window.pack(names, observer.units)
+        except Exception as problem:  # noqa: BLE001 - raised again once the ranks know
+            error, packed, names = problem, torch.empty(0), []
+        if not _ranks.agree(trainer, ready=error is None, size=packed.numel()):
+            self._agreed_to_rest = True
+            raise error or RuntimeError("another rank failed, or saw other layers than this one")
+        dead, scores = self._window.unpack(packed, names, observer.units, trainer)
+        # The first window is also the beginning of the first epoch's: what has fired in it need not fire again.
+        if not (first and not self._use_validation):
+            self._window = Window()
+            self._started_at = step + 1
+        self._log(trainer, dead, scores, step=step, first=first, partial=partial)
+
+    def while_resting(self, hook: str, trainer: Trainer) -> None:
+        """Tells the other ranks, where they would wait for this one, that it has failed."""
+        if trainer.world_size == 1 or self._agreed_to_rest:
+            return
+        closes = (
+            (hook == "on_train_batch_end" and not (self._first_done and self._use_validation) and self._train_window_ends(trainer))
+            or (hook == "on_validation_epoch_end" and self._use_validation)
+            or (hook in {"on_train_epoch_end", "on_train_end"} and not self._use_validation and self._epoch_window_open(trainer))
+        )  # fmt: skip
+        if closes:
+            _ranks.agree(trainer, ready=False, size=0)
+            self._agreed_to_rest = True
+
+    # ------------------------------------------------------------------ output
+
+    def _log(  # noqa: PLR0913
+        self,
+        trainer: Trainer,
+        dead: dict[str, Tensor],
+        scores: dict[str, Tensor],
+        *,
+        step: int,
+        first: bool,
+        partial: bool,
+    ) -> None:
+        session = Session.of(trainer)
+        news: list[FilterEvent] = []
+        for layer, mask in dead.items():
+            session.history.note("num_filters", mask.numel(), layer=layer)
+            news += self.lifelines.update(layer, mask.nonzero().flatten().tolist(), step=step, first=first)
+        session.dead = self.dead
+        counts = {layer: float(mask.sum()) for layer, mask in dead.items()}
+        self.log_layers(trainer, "dead_filters", counts, step=step)
+        self.log_layers(trainer, "dead_fraction", {n: c / dead[n].numel() for n, c in counts.items()}, step=step)
+        dormant = {n: (s <= self.dormant_threshold).double().mean().item() for n, s in scores.items()}
+        self.log_layers(trainer, "dormant_fraction", dormant, step=step)
+        if dead:
+            self.log_number(trainer, "dead_filters", sum(counts.values()), step=step)
+            self.log_number(trainer, "dead_fraction_max", max(c / dead[n].numel() for n, c in counts.items()), step=step)
+        self._publish(trainer)
+        if news:
+            table = _history_table(self.lifelines, partial=partial)
+            self.write(trainer, [Text(tag=f"{self.tag('dead_filters').replace('/', '.')}/history", step=step, markdown=table)])
+
+    def _publish(self, trainer: Trainer) -> None:
+        """Present from the start, so that monitoring them never kills a run."""
+        if self.quiet:
+            return
+        history = Session.of(trainer).history
+        dead = [indices for indices in self.dead.values() if indices]
+        fractions = [len(indices) / max(1.0, history.fact("num_filters", 1.0, layer)) for layer, indices in self.dead.items()]
+        self.publish(
+            trainer,
+            {"interp/dead_filters": float(sum(map(len, dead))), "interp/dead_fraction_max": max(fractions, default=0.0)},
+        )
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Histories, and the evidence of the open window."""
+        return {
+            "version": 1,
+            "lifelines": self.lifelines.state_dict(),
+            "first_done": self._first_done,
+            "started_at": self._started_at,
+            "window": self._window.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of `state_dict`; the window goes on in `on_train_start`."""
+        self.lifelines.load_state_dict(state_dict["lifelines"])
+        self._first_done = state_dict["first_done"]
+        self._started_at = state_dict["started_at"]
+        self._restored = state_dict["window"]
+
+
+def _matching(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
+    from fnmatch import fnmatchcase  # noqa: PLC0415
+
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _finite(count: float) -> float:
+    return 1 if count == float("inf") else count
+
+
+def _history_table(lifelines: Lifelines, *, partial: bool) -> str:
+    rows = ["| layer | dead now | born dead | died after .. by step | revived |", "|---|---|---|---|---|"]
+    for layer in lifelines.layers:
+        dead, born, revived = lifelines.dead(layer), lifelines.born_dead(layer), lifelines.revived(layer)
+        if not (dead or born or revived):
+            continue
+        spans = [f"{i}: {max(a, 0)} .. {b}" for i, (a, b) in lifelines.died_between(layer).items()]
+        rows.append(f"| {escape(layer)} | {_few(dead)} | {_few(born)} | {_few(spans)} | {_few(revived)} |")
+    note = "\n\nThe window was cut by a resume: other ranks' part before it is missing." if partial else ""
+    return "\n".join(rows) + note
+
+
+def _few(items: Sequence[object]) -> str:
+    shown = ", ".join(str(item) for item in items[:_MAX_LISTED])
+    return f"{shown}, ... ({len(items)} in all)" if len(items) > _MAX_LISTED else shown

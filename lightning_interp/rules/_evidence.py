@@ -1,0 +1,229 @@
+"""What several rules read from a history: reference losses, the early jump, deaths, the inputs, severity levels."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+from lightning_interp.rules.alert import SEVERITIES, Severity
+from lightning_interp.rules.history import History, Point, Series
+from lightning_interp.rules.rule import Key
+
+RECENT = 10  # losses whose median is "the loss now": one batch says little
+RELAXED = 0.8  # part of a threshold below which an alert that is up is cleared
+
+
+class Jump(NamedTuple):
+    """A loss that leapt up while the training began.
+
+    Attributes:
+        factor: How many times larger the loss became; infinity if it was no number any more.
+        step: Where.
+        same_batch: True if one batch was measured before and after its own update; False if the logged loss was
+            compared with the first one, which is all there is when the loss was not recognised.
+        rate_factor: Part of the learning rate that a quadratic model of the loss would take, 1 / (2 (1 - step ratio)),
+            within [0.01, 0.5]; 0.1 where there is no step ratio.
+    """
+
+    factor: float
+    step: int
+    same_batch: bool
+    rate_factor: float
+
+
+class Death(NamedTuple):
+    """How the dead share of a layer developed, in [0, 1]."""
+
+    layer: str
+    before: float
+    now: float
+
+    @property
+    def gain(self) -> float:
+        """Share that died during training."""
+        return self.now - self.before
+
+
+def finite_points(series: Series) -> list[Point]:
+    """The points whose value is a number.
+
+    Example:
+        >>> series = Series([Point(0, 2.0), Point(1, math.nan)])
+        >>> finite_points(series)
+        [Point(step=0, value=2.0)]
+    """
+    pairs = zip(series.steps, series.values, strict=True)
+    return [Point(step, value) for step, value in pairs if math.isfinite(value)]
+
+
+def steps_done(history: History) -> int:
+    """Training steps done; `History.step` is the index of the last one, from 0."""
+    return history.step + 1
+
+
+def guess_loss(history: History) -> float | None:
+    """Cross-entropy of a guess among C classes, ln C; None if the loss is no cross-entropy."""
+    classes = history.fact("num_classes", math.nan)
+    return math.log(classes) if classes >= 2 else None
+
+
+def first_loss(history: History) -> float | None:
+    """The loss before any update, NaN included; None if it was not seen (a run that was continued)."""
+    losses = history.get("loss")
+    return losses.values[0] if len(losses) and losses.steps[0] == 0 else None
+
+
+def recent_loss(history: History) -> float | None:
+    """Median of the last losses that are numbers."""
+    values = [point.value for point in finite_points(history.get("loss"))[-RECENT:]]
+    return statistics.median(values) if values else None
+
+
+def reference_loss(history: History) -> float | None:
+    """The loss of a model that has learned nothing: ln C or the first loss, the smaller of those that are known.
+
+    The smaller one, so that a pretrained model is measured by where it started. None if neither is known, or if the
+    loss is not positive, since ratios of such losses mean nothing.
+    """
+    known = [loss for loss in (guess_loss(history), first_loss(history)) if loss is not None and math.isfinite(loss)]
+    lowest = min(known, default=0.0)
+    return lowest if lowest > 0 else None
+
+
+def started_badly(history: History, factor: float) -> bool:
+    """Whether the loss before any update was no number, or a cross-entropy above `factor` ln C."""
+    first, guess = first_loss(history), guess_loss(history)
+    if first is None:
+        return False
+    return not math.isfinite(first) or (guess is not None and first > factor * guess)
+
+
+def broken_since(history: History) -> int | None:
+    """Step since which the loss is not finite; None if it is finite, or was so again later (a batch was skipped)."""
+    losses = history.get("loss")
+    noted = history.fact("non_finite_step", math.inf)
+    bad = [step for step, value in zip(losses.steps, losses.values, strict=True) if not math.isfinite(value)]
+    since = min([*bad, noted])
+    if since == math.inf:
+        return None
+    healthy_again = any(point.step > since for point in finite_points(losses)[-1:])
+    return None if healthy_again else int(since)
+
+
+def early_end(history: History, steps: int) -> int:
+    """Step before which the learning rate is on trial for the first time.
+
+    `steps` at a constant rate; under a warm-up, `steps` after its end, since the rate strikes where it is large.
+    """
+    peak, risen = -math.inf, 0
+    for step, rate in finite_points(history.get("learning_rate")):
+        if rate < peak * 0.999:
+            break
+        if rate > peak * 1.001 and peak > -math.inf:
+            risen = step
+        peak = max(peak, rate)
+    return risen + steps if risen else steps
+
+
+def early_jump(history: History, *, same_batch: float = 1.5, logged: float = 3.0, steps: int = 20) -> Jump | None:
+    """The largest early jump of the loss.
+
+    Args:
+        history: The numbers of the run.
+        same_batch: loss_after / loss_before of one batch from which it counts.
+        logged: Loss over first loss from which it counts.
+        steps: Length of the early phase at a constant rate, see `early_end`.
+
+    Returns:
+        The jump of one batch if there is one, else that of the logged loss, else None.
+    """
+    end = early_end(history, steps)
+    floor = 0.1 * (reference_loss(history) or 0.0)
+    before = dict(finite_points(history.get("loss_before")))
+    after = history.get("loss_after")
+    jumps = [
+        (_ratio(value, before[step]), step)
+        for step, value in zip(after.steps, after.values, strict=True)
+        if step < end and before.get(step, 0.0) > 0 and not value < floor  # a small loss may double: that is noise
+    ]
+    factor, step = max(jumps, default=(0.0, 0))
+    if factor > same_batch:
+        return Jump(factor, step, True, _rate_factor(history, step))
+    factor, step = _logged_jump(history, end, with_nan=not jumps)
+    return Jump(factor, step, False, _rate_factor(history, step)) if factor > logged else None
+
+
+def _logged_jump(history: History, end: int, *, with_nan: bool) -> tuple[float, int]:
+    first, losses = first_loss(history), history.get("loss")
+    if first is None or not math.isfinite(first) or first <= 0:
+        return 0.0, 0
+    pairs = [(_ratio(v, first), s) for s, v in zip(losses.steps, losses.values, strict=True) if 0 < s < end]
+    return max((pair for pair in pairs if with_nan or math.isfinite(pair[0])), default=(0.0, 0))
+
+
+def _ratio(value: float, base: float) -> float:
+    return value / base if math.isfinite(value) else math.inf
+
+
+def _rate_factor(history: History, step: int) -> float:
+    ratio = dict(finite_points(history.get("step_ratio"))).get(step)
+    return 0.1 if ratio is None or ratio >= 0.5 else min(0.5, max(0.01, 1 / (2 * (1 - ratio))))
+
+
+def deaths(history: History, quantity: str = "dead_fraction") -> list[Death]:
+    """Dead share of each layer before the first update and now; layers without a window before it are left out."""
+    found = []
+    for layer in history.layers(quantity):
+        points = finite_points(history.get(quantity, layer))
+        if len(points) > 1 and points[0].step == 0:
+            found.append(Death(layer, points[0].value, points[-1].value))
+    return found
+
+
+def largest_dead(history: History) -> float:
+    """Largest dead share of a layer now, 0 if none was measured."""
+    last = [history.get("dead_fraction", layer).last for layer in history.layers("dead_fraction")]
+    return max((point.value for point in last if point is not None and math.isfinite(point.value)), default=0.0)
+
+
+def inputs_off(history: History, mean: float = 0.2, spread: float = 2.0) -> bool:
+    """Whether the first batch is far from zero mean or unit standard deviation."""
+    centre, deviation = history.fact("input_mean", 0.0), history.fact("input_std", 1.0)
+    return not abs(centre) <= mean or not 1 / spread <= deviation <= spread
+
+
+def severity_of(active: Collection[Key], key: Key) -> Severity | None:
+    """Severity with which an alert is up; `critical` where only the keys are known; None if it is not up.
+
+    Example:
+        >>> severity_of({("dead_filters", "conv1"): "info"}, ("dead_filters", "conv1"))
+        'info'
+    """
+    if key not in active:
+        return None
+    if isinstance(active, Mapping):
+        held: Severity = active[key]
+        return held
+    return "critical"
+
+
+def level(value: float, thresholds: tuple[float, float, float], held: Severity | None) -> Severity | None:
+    """The severity that a value reaches; thresholds up to the held severity are relaxed to `RELAXED` of themselves.
+
+    Example:
+        >>> level(0.3, (0.05, 0.25, 0.5), None), level(0.22, (0.05, 0.25, 0.5), "warning")
+        ('warning', 'warning')
+    """
+    reached: Severity | None = None
+    for severity, threshold in zip(SEVERITIES, thresholds, strict=True):
+        relaxed = held is not None and SEVERITIES.index(severity) <= SEVERITIES.index(held)
+        if value >= threshold * (RELAXED if relaxed else 1.0):
+            reached = severity
+    return reached
+
+
+def is_problem(severity: Severity | None) -> bool:
+    """Whether it is more than information."""
+    return severity in ("warning", "critical")

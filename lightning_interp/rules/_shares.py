@@ -1,0 +1,93 @@
+"""Shared by `dead_filters` and `dormant_units`: the share of a layer's filters that do no work, window by window."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
+
+from lightning_interp._options import check_number
+from lightning_interp.errors import ArgumentError
+from lightning_interp.rules._evidence import early_jump, finite_points, inputs_off, level, severity_of
+from lightning_interp.rules.alert import Severity
+from lightning_interp.rules.history import History
+from lightning_interp.rules.rule import Key
+
+Thresholds = tuple[float, float, float]
+
+
+class Share(NamedTuple):
+    """What was found in one layer.
+
+    Attributes:
+        layer: Its name.
+        severity: Reached by `now`.
+        now: Smaller one of the shares of the last two windows, in [0, 1].
+        born: Share in the window before the first update; None if that was not seen.
+        since: Step of the first window from which on the share never fell below the lowest threshold.
+        cause: Likeliest cause, None if unknown.
+        alternatives: Other causes.
+    """
+
+    layer: str
+    severity: Severity
+    now: float
+    born: float | None
+    since: int
+    cause: str | None
+    alternatives: list[str]
+
+
+def check_thresholds(info: float, warning: float, critical: float) -> None:
+    """Refuses thresholds outside [0, 1] or out of order."""
+    for argument, value in (("info", info), ("warning", warning), ("critical", critical)):
+        check_number(argument, value, low=0, high=1)
+    if not info <= warning <= critical:
+        raise ArgumentError(
+            f"Expected `info` <= `warning` <= `critical`, but got {info:g}, {warning:g} and {critical:g}."
+        )
+
+
+def find_shares(
+    history: History, quantity: str, rule: str, thresholds: Thresholds, active: Collection[Key]
+) -> Iterator[Share]:
+    """The layers of which a threshold was reached in two windows running."""
+    jumped = early_jump(history) is not None
+    for layer in history.layers(quantity):
+        points = finite_points(history.get(quantity, layer))
+        if len(points) < 2:
+            continue
+        now = min(points[-1].value, points[-2].value)
+        severity = level(now, thresholds, severity_of(active, (rule, layer)))
+        if now <= 0 or severity is None:
+            continue
+        born = points[0].value if points[0].step == 0 else None
+        below = [i for i, point in enumerate(points) if point.value < min(thresholds[0], now)]
+        since = points[below[-1] + 1].step if below and below[-1] + 1 < len(points) else points[0].step
+        yield Share(layer, severity, now, born, since, *_cause(history, now, born, jumped))
+
+
+def _cause(history: History, now: float, born: float | None, jumped: bool) -> tuple[str | None, list[str]]:
+    """Dead from the start: not the rate. Died after the loss had leapt up: the rate. Otherwise unknown."""
+    start = ["inputs", "initialisation"] if inputs_off(history) else ["initialisation", "inputs"]
+    start.insert(1, "bias")
+    if born is None:
+        return ("learning rate", start) if jumped else (None, ["learning rate", *start])
+    if born >= 0.5 * now:
+        return start[0], start[1:] + (["learning rate"] if jumped else [])
+    if jumped:
+        return "learning rate", start
+    return None, ["learning rate", "initialisation"]
+
+
+def count(history: History, layer: str, share: float) -> str:
+    """The share in words, with the number of filters where it is known.
+
+    Example:
+        >>> history = History()
+        >>> history.note("num_filters", 16, layer="conv1")
+        >>> count(history, "conv1", 0.25), count(history, "conv2", 0.25)
+        ('4 of 16 filters (25 %)', '25 % of the filters')
+    """
+    total = history.fact("num_filters", 0.0, layer)
+    percent = f"{100 * share:.0f} %"
+    return f"{share * total:.0f} of {total:.0f} filters ({percent})" if total else f"{percent} of the filters"

@@ -1,0 +1,128 @@
+"""Rule `undertrained`: the training ended while the loss was still falling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from lightning_interp._options import check_at_least, check_number
+from lightning_interp.rules._curve import Forecast, forecast
+from lightning_interp.rules._evidence import (
+    RELAXED,
+    broken_since,
+    finite_points,
+    largest_dead,
+    reference_loss,
+    steps_done,
+)
+from lightning_interp.rules.alert import Alert
+from lightning_interp.rules.history import History
+from lightning_interp.rules.learning_rate_too_high import explains_loss
+from lightning_interp.rules.learning_rate_too_low import LearningRateTooLowRule
+from lightning_interp.rules.rule import Key, Rule
+
+SOURCE = "Power law of learning curves, Hestness et al. 2017, Kaplan et al. 2020; the threshold is a proposal"
+
+
+@dataclass(frozen=True)
+class UndertrainedRule(Rule):
+    """With `horizon` times the steps the loss would fall by more than `fall` of all that can be had.
+
+    L(t) = c + a t^-b, with c >= 0, is fitted to the training loss of the last half (see `forecast`), and
+
+        (L(T) - L(horizon T)) / (L0 - L(horizon T)) > fall,   L0 = ln C or the first loss, the smaller one,
+
+    and the fall within the last half is no matter of noise (`certainty`). Said as a warning when the training has ended as planned,
+    and as information from `from_part` of the planned steps on. Not said if the loss is NaN, or if a too-high rate
+    or deaths (`dead` of a layer) explain a high loss; if the rate is too low, that is given as the cause. Without a
+    cross-entropy L0 is the first loss.
+
+    It speaks of the training loss only. A loss that is near zero can't fire: less than `fall` is left.
+
+    Source: learning curves as power laws, Hestness et al. 2017, Kaplan et al. 2020; the threshold is a proposal.
+
+    Attributes:
+        fall: Part of the attainable fall that must still lie ahead.
+        horizon: How many times longer the training is thought.
+        from_part: Part of the planned steps from which it is mentioned.
+        dead: Dead share of a layer that explains a high loss, in [0, 1].
+        certainty: Standard errors by which the loss must have fallen within the last half.
+        min_points: Losses that the last half must have.
+    """
+
+    name: ClassVar[str] = "undertrained"
+    needs: ClassVar[tuple[str, ...]] = (
+        "loss", "planned_steps", "num_classes", "dead_fraction", "loss_before", "loss_after", "step_ratio",
+        "learning_rate",
+    )  # fmt: skip
+
+    fall: float = 0.2
+    horizon: float = 3.0
+    from_part: float = 0.9
+    dead: float = 0.25
+    certainty: float = 4.0
+    min_points: int = 16
+
+    def __post_init__(self) -> None:
+        for argument in ("fall", "from_part", "dead"):
+            check_number(argument, getattr(self, argument), low=0, high=1)
+        check_number("horizon", self.horizon, low=1, high=math.inf)
+        check_number("certainty", self.certainty, low=0, high=math.inf)
+        check_at_least("min_points", self.min_points, 8)
+
+    def check(self, history: History, active: Collection[Key]) -> Iterable[Alert]:
+        """One alert for the run, or none."""
+        planned = history.fact("planned_steps", math.inf)
+        reference = reference_loss(history)
+        if reference is None or not (history.finished or steps_done(history) >= self.from_part * planned):
+            return
+        if broken_since(history) is not None or largest_dead(history) >= self.dead or explains_loss(history):
+            return
+        seen = self._forecast(history)
+        if seen is None or reference <= seen.later or seen.certainty < self.certainty:
+            return
+        part = (seen.now - seen.later) / (reference - seen.later)
+        if part <= self.fall * (RELAXED if (self.name, None) in active else 1.0):
+            return
+        yield self._alert(history, seen, part, reference)
+
+    def _forecast(self, history: History) -> Forecast | None:
+        points = finite_points(history.get("loss"))
+        half = [point for point in points if 2 * (point.step + 1) > steps_done(history)]
+        if len(half) < self.min_points:
+            return None
+        steps = np.array([point.step + 1.0 for point in half])
+        return forecast(steps, np.array([point.value for point in half]), horizon=self.horizon)
+
+    def _alert(self, history: History, seen: Forecast, part: float, reference: float) -> Alert:
+        slow = any(alert.severity == "warning" for alert in LearningRateTooLowRule().check(history, ()))
+        longer = f"Train about {self.horizon:g} times as long ({self.horizon * steps_done(history):.0f} steps)"
+        return Alert(
+            rule=self.name,
+            severity="warning" if history.finished else "info",
+            value=part,
+            threshold=self.fall,
+            cause="learning rate too low" if slow else "too few steps",
+            message=(
+                f"The training loss is {seen.now:.3g} and still falling: in {self.horizon:g} times the steps it would "
+                f"come to about {seen.later:.3g}."
+            ),
+            advice=(
+                "Raise the learning rate first (see learning_rate_too_low), then train longer if need be."
+                if slow
+                else f"{longer}, if the validation loss is falling too."
+            ),
+            evidence={
+                "loss": seen.now,
+                "forecast_loss": seen.later,
+                "reference_loss": reference,
+                "exponent": seen.exponent,
+                "steps": float(steps_done(history)),
+            },
+            alternatives=["too few steps"] if slow else ["learning rate too low"],
+            source=SOURCE,
+        )

@@ -1,0 +1,130 @@
+"""Rule `untrained_layer`: a layer whose weights never change."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lightning_interp._options import check_positive_int
+from lightning_interp.rules._evidence import finite_points
+from lightning_interp.rules.alert import Alert
+from lightning_interp.rules.history import History
+from lightning_interp.rules.rule import Key, Rule
+
+SOURCE = "TrainCheck and SageMaker Debugger check for tensors that do not change; exact zero, hence no threshold"
+
+
+@dataclass(frozen=True)
+class UntrainedLayerRule(Rule):
+    """All probed updates of a layer are exactly 0.
+
+    With `requires_grad=True` that is a warning: the layer is in no optimizer, or no gradient reaches it. A layer with
+    `requires_grad=False` was frozen on purpose: information. Works for any loss.
+
+    A probed step counts only if some layer moved at it, so that a warm-up that starts at rate 0 and a step skipped by
+    the gradient scaler say nothing about one layer; at least `min_probes` must count. If no layer ever moved, although
+    the rate was above 0 at `min_probes_all` probed steps, one warning is given for the whole network.
+
+    Source: exact comparison of weights before and after the optimizer step, so there is nothing to tune.
+
+    Attributes:
+        min_probes: Probed steps that must count.
+        min_probes_all: Probed steps after which a network that never moves is named.
+    """
+
+    name: ClassVar[str] = "untrained_layer"
+    needs: ClassVar[tuple[str, ...]] = ("update_norm", "gradient_norm", "learning_rate", "trainable", "in_optimizer")
+
+    min_probes: int = 5
+    min_probes_all: int = 20
+
+    def __post_init__(self) -> None:
+        check_positive_int("min_probes", self.min_probes)
+        check_positive_int("min_probes_all", self.min_probes_all)
+
+    def check(self, history: History, active: Collection[Key]) -> Iterable[Alert]:
+        """One alert for each layer concerned."""
+        updates = {
+            layer: dict(finite_points(history.get("update_norm", layer))) for layer in history.layers("update_norm")
+        }
+        moving = {step for values in updates.values() for step, value in values.items() if value > 0}
+        for layer in history.layers("trainable"):
+            if history.fact("trainable", 1.0, layer) == 0:
+                yield self._frozen(layer)
+        trainable = {layer: steps for layer, steps in updates.items() if history.fact("trainable", 1.0, layer)}
+        if not moving:
+            yield from self._all_still(history, trainable)
+            return
+        for layer, values in trainable.items():
+            probes = [values[step] for step in moving if step in values]
+            if len(probes) >= self.min_probes and not any(probes):
+                yield self._still(history, layer, len(probes))
+
+    def _frozen(self, layer: str) -> Alert:
+        return Alert(
+            rule=self.name,
+            severity="info",
+            layer=layer,
+            value=0.0,
+            threshold=0.0,
+            cause="requires_grad=False",
+            message=f"{layer} is frozen: it has weights, and none of them has requires_grad=True.",
+            advice="Nothing, if this is meant; else set requires_grad=True before the optimizer is made.",
+            evidence={"trainable": 0.0},
+            source=SOURCE,
+        )
+
+    def _still(self, history: History, layer: str, probes: int) -> Alert:
+        cause, advice, evidence = _why(history, layer)
+        return Alert(
+            rule=self.name,
+            severity="warning",
+            layer=layer,
+            value=0.0,
+            threshold=0.0,
+            cause=cause,
+            message=f"{layer} did not change at all in {probes} probed steps, although it has requires_grad=True.",
+            advice=advice,
+            evidence={"probes": float(probes), **evidence},
+            alternatives=[] if cause == _NOT_HELD else ["a learning rate of 0 for its parameter group"],
+            source=SOURCE,
+        )
+
+    def _all_still(self, history: History, updates: dict[str, dict[int, float]]) -> Iterable[Alert]:
+        at_work = {step for step, rate in finite_points(history.get("learning_rate")) if rate > 0}
+        probes = len(at_work & {step for values in updates.values() for step in values})
+        if probes < self.min_probes_all:
+            return
+        cause, advice, evidence = _why(history, next(iter(updates)))
+        yield Alert(
+            rule=self.name,
+            severity="warning",
+            value=0.0,
+            threshold=0.0,
+            cause=cause,
+            message=f"None of the {len(updates)} layers changed in {probes} probed steps at a learning rate above 0.",
+            advice=advice,
+            evidence={"probes": float(probes), "layers": float(len(updates)), **evidence},
+            alternatives=["gradients that are never finite, so that each step is skipped"],
+            source=SOURCE,
+        )
+
+
+_NOT_HELD = "in no optimizer"
+
+
+def _why(history: History, layer: str) -> tuple[str, str, dict[str, float]]:
+    """Cause, advice and evidence for a layer that could move and does not."""
+    held = history.fact("in_optimizer", 1.0, layer)
+    gradients = [point.value for point in finite_points(history.get("gradient_norm", layer))]
+    evidence = {"in_optimizer": held} | ({"largest_gradient": max(gradients)} if gradients else {})
+    if not held:
+        return _NOT_HELD, f"Pass the parameters of {layer} to the optimizer in configure_optimizers.", evidence
+    if gradients and max(gradients) > 0:
+        return "learning rate 0", f"Give the parameter group of {layer} a learning rate above 0.", evidence
+    return (
+        "no gradient reaches it",
+        f"Look between {layer} and the loss for detach(), torch.no_grad(), argmax, or an output that is not used.",
+        evidence,
+    )
