@@ -17,7 +17,7 @@ def expected(argument: str, what: str, value: object, advice: str = "") -> Argum
         >>> print(expected("k", "a positive integer", 0))
         Expected argument `k` to be a positive integer, but got 0.
     """
-    return ArgumentError(f"Expected argument `{argument}` to be {what}, but got {value!r}.{' ' + advice if advice else ''}")
+    return ArgumentError(f"Expected argument `{argument}` to be {what}, but got {value!r}. {advice}".rstrip())
 
 
 def check_positive_int(argument: str, value: Any, *, optional: bool = False) -> None:

@@ -63,9 +63,9 @@ class Run:
 
 
 RUNS = (
-    Run("healthy", 0.001),
+    Run("healthy", 0.0005),
     Run("learning-rate-too-high", 0.1),
-    Run("stopped-too-soon", 0.001, shortened=True),
+    Run("stopped-too-soon", 0.0005, shortened=True),
 )
 
 

@@ -10,13 +10,17 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from lightning_interp.sinks import is_tensorboard
+
+__all__ = ["CallbackBase", "LightningModule", "Trainer", "axis_step", "log_directory", "planned_steps"]
+
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as CallbackBase
     from pytorch_lightning import LightningModule, Trainer
-
 else:
-    LightningModule = Trainer = Any  # names for annotations only: which of the two namespaces is in use is not known
-    _NAMES = [name for name in ("pytorch_lightning", "lightning.pytorch") if importlib.util.find_spec(name.split(".")[0])]
+    LightningModule = Trainer = Any  # for annotations: which of the two namespaces is in use is not known
+    _BOTH = ("pytorch_lightning", "lightning.pytorch")
+    _NAMES = [name for name in _BOTH if importlib.util.find_spec(name.split(".")[0])]
     if not _NAMES:
         raise ModuleNotFoundError("lightning_interp needs PyTorch Lightning: pip install pytorch-lightning")
     CallbackBase = type("CallbackBase", tuple(importlib.import_module(name).Callback for name in _NAMES), {})
@@ -39,11 +43,6 @@ def planned_steps(trainer: Any) -> float:
         per_epoch = -(-int(batches) // trainer.accumulate_grad_batches)
         steps = min(steps, trainer.max_epochs * per_epoch)
     return float(steps)
-
-
-def is_tensorboard(logger: Any) -> bool:
-    """Whether a logger is a TensorBoardLogger of either namespace."""
-    return any(base.__name__ == "TensorBoardLogger" for base in type(logger).__mro__)
 
 
 def log_directory(trainer: Any) -> str | None:

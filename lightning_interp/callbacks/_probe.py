@@ -24,7 +24,7 @@ _ATTENTION = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerE
 
 
 class _CallHook:
-    """A hook that holds on to a probe only while it is on: copies and pickles of the model get one that does nothing."""
+    """A hook on the user's modules; copies and pickles of the model get one that does nothing instead."""
 
     def __init__(self, function: Callable[..., None]) -> None:
         self._function = function
@@ -104,8 +104,8 @@ class SameBatchProbe:
         if not own:
             return
         if self.images is None and module.training and not in_backward():
-            self.images = image_statistics((args, kwargs))
-        self._tape.begin(module, args, kwargs, record=module.training is self._modes[module])
+            self.images = self._tape.guarded(lambda: image_statistics((args, kwargs)))
+        self._tape.begin(module, args, kwargs, record=module.training is self._modes.get(module))
 
     def _after_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._own and self._own.pop():
@@ -133,7 +133,7 @@ class SameBatchProbe:
         for parameter in self._parameters:
             if parameter.requires_grad:
                 tap = functools.partial(self._listen, id(parameter))
-                self._taps.append(parameter.register_hook(tap))
+                self._taps.append(parameter.register_hook(tap))  # type: ignore[no-untyped-call]
 
     def _listen(self, key: int, gradient: Tensor) -> None:
         seen = self._gradients.get(key)
@@ -146,6 +146,11 @@ class SameBatchProbe:
         self._taps.clear()
 
     # ------------------------------------------------------------------ after the update
+
+    @property
+    def error(self) -> Exception | None:
+        """What went wrong while recording; nothing of it was raised in the user's code."""
+        return self._tape.error
 
     @property
     def num_classes(self) -> tuple[int, Tensor] | None:
@@ -217,7 +222,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def image_statistics(value: Any) -> tuple[Tensor, Tensor] | None:
-    """Mean and standard deviation of the first floating tensor of three or more axes, on its device; None without one."""
+    """Mean and standard deviation of the first floating tensor of three or more axes, on its device, or None."""
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim >= 3 and leaf.numel():
             with torch.no_grad(), torch._C.DisableTorchFunction():

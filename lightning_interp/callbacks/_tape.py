@@ -24,8 +24,8 @@ from lightning_interp.functional.ops import PRODUCTS, RESHAPES, SUMS, base_name
 # Deterministic functions without state of their own: all that stands between a network, its head and its loss.
 _FUNCTIONS = RESHAPES | SUMS | PRODUCTS | frozenset({
     "permute", "transpose", "getitem", "stack", "cat", "contiguous", "clone", "to", "float", "double", "half",
-    "bfloat16", "log_softmax", "softmax", "logsigmoid", "sigmoid", "tanh", "relu", "gelu", "silu", "exp", "log", "neg", "clamp",
-    "mean", "sum", "pow", "sqrt", "adaptive_avg_pool2d", "avg_pool2d", "normalize",
+    "bfloat16", "log_softmax", "softmax", "logsigmoid", "sigmoid", "tanh", "relu", "gelu", "silu", "exp", "log", "neg",
+    "clamp", "mean", "sum", "pow", "sqrt", "adaptive_avg_pool2d", "avg_pool2d", "normalize",
 })  # fmt: skip
 _MOST_ENTRIES = 256
 
@@ -99,7 +99,7 @@ class Tape(LossCapture):
         """A module is called, to be recorded as a whole or not at all; calls inside of another one belong to that."""
         entry = None
         if record and not self._open and torch.is_grad_enabled() and not in_backward():
-            entry = self._guarded(lambda: self._record(module, args, kwargs))
+            entry = self.guarded(lambda: self._record(module, args, kwargs))
         self._open.append((entry, len(self.calls)))
 
     def finish(self, output: Any) -> None:
@@ -107,7 +107,7 @@ class Tape(LossCapture):
         entry, calls = self._open.pop() if self._open else (None, 0)
         if entry is not None:
             entry.loss |= len(self.calls) > calls
-            self._guarded(lambda: self._keep(entry, output))
+            self.guarded(lambda: self._keep(entry, output))
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -116,14 +116,14 @@ class Tape(LossCapture):
         kwargs = kwargs or {}
         entry = None
         if not self._open and self._made and (func in LOSSES or base_name(func) in _FUNCTIONS) and not in_backward():
-            entry = self._guarded(lambda: self._record(func, args, dict(kwargs)))
+            entry = self.guarded(lambda: self._record(func, args, dict(kwargs)))
         output = super().__torch_function__(func, types, args, kwargs)
         if entry is not None and entry.parents:
-            self._guarded(lambda: self._keep(entry, output))
+            self.guarded(lambda: self._keep(entry, output))
         return output
 
-    def _guarded(self, work: Callable[[], Any]) -> Any:
-        """Runs our own code inside the user's step: an error of ours must not become one of theirs."""
+    def guarded(self, work: Callable[[], Any]) -> Any:
+        """Runs our own code inside the user's step; an error of ours is kept in `error`, not raised there."""
         if self.error is not None or len(self.entries) >= _MOST_ENTRIES:
             return None
         try:
@@ -139,15 +139,15 @@ class Tape(LossCapture):
         leaves, spec = tree_flatten((args, kwargs))
         resolved = [self._resolve(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         slots = [leaf for leaf in resolved if isinstance(leaf, Slot)]
-        whole = isinstance(function, nn.Module)
+        modules = list(function.modules()) if isinstance(function, nn.Module) else []
         return Entry(
             function=function,
             leaves=resolved,
             spec=spec,
             versions=[(leaf, leaf._version) for leaf in resolved if isinstance(leaf, Tensor) and _is_data(leaf)],
             loss=function in LOSSES or any(self.entries[slot.entry].loss for slot in slots),
-            modes=[(module, module.training) for module in function.modules()] if whole else [],
-            generators=generator_states(self._device) if whole else None,
+            modes=[(module, module.training) for module in modules],
+            generators=generator_states(self._device) if modules else None,
             autocast=_autocast_state(self._device),
         )
 

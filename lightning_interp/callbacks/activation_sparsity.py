@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,6 +26,7 @@ from lightning_interp.render.maps import activation_grid
 _SAMPLE_EVERY = 50
 _MAX_CHANNELS = 64
 _BINS = 20
+_IMAGE_AXES = 4
 
 
 class ActivationSparsity(InterpCallback):
@@ -179,9 +181,10 @@ class ActivationSparsity(InterpCallback):
         if not fractions:
             return
         # One transfer for all layers.
-        means = {name: torch.stack(parts).mean(dim=0) for name, parts in fractions.items()}
+        means = {name: torch.stack(batches).mean(dim=0) for name, batches in fractions.items()}
         flat = torch.cat(list(means.values())).double().cpu()
-        by_layer = dict(zip(means, flat.split([len(mean) for mean in means.values()]), strict=True))
+        parts = torch.split(flat, [len(mean) for mean in means.values()])
+        by_layer = dict(zip(means, parts, strict=True))
         values = {name: part.mean().item() for name, part in by_layer.items()}
         self.log_layers(trainer, "sparsity", values, step=step)
         self._sparsity = sum(values.values()) / len(values)
@@ -209,23 +212,16 @@ class ActivationSparsity(InterpCallback):
     # ------------------------------------------------------------------ pictures
 
     def _show_maps(self, trainer: Trainer, pl_module: LightningModule, *, step: int) -> None:
-        """The activation maps of the fixed samples, one picture per layer."""
+        """The activation maps of the fixed samples, one picture per layer and sample."""
         if self._images is None:
             return
-        maps: dict[str, Tensor] = {}
-
-        def keep(end: End) -> None:
-            """The maps (C, h, w) of each sample, for units that have positions."""
-            spatial = end.tensor.ndim >= 3 and end.layout.outer == end.layout.inner == 1  # noqa: PLR2004
-            if end.activation is not None and spatial and end.unit not in maps:
-                maps[end.unit] = end.tensor.movedim(end.layout.axis, 1)[:, end.layout.start :][:, :_MAX_CHANNELS].clone()
-
+        maps = _Maps()
         try:
-            with undisturbed(pl_module, training=False), ActivationTracer(pl_module, keep) as tracer:
+            with undisturbed(pl_module, training=False), ActivationTracer(pl_module, maps.read) as tracer:
                 output = pl_module(self._images)
             del output
-        except Exception as error:  # noqa: BLE001 - a forward that takes something else than images
-            self.maps, self._images = False, None
+        except Exception as error:  # a forward that takes something else than images
+            self._images = None
             self.say_once(
                 f"ActivationSparsity shows no activation maps: calling the model with images raised "
                 f"{type(error).__name__}: {error}. Its numbers go on."
@@ -233,17 +229,29 @@ class ActivationSparsity(InterpCallback):
             return
         if tracer.error is not None:
             raise tracer.error
-        chosen = maps if self.layers is None else {name: maps[name] for name in select("layers", self.layers, list(maps))}
-        images = denormalise(self._images.float().cpu().numpy(), self.mean, self.std) if self._images.ndim == 4 else None  # noqa: PLR2004
-        pictures = {}
-        for name, values in chosen.items():
-            for index in range(len(values)):
-                layer = name if len(values) == 1 else f"{name}/sample_{index}"
-                image = None if images is None else images[index]
-                pictures[layer] = _picture(values[index].float().cpu().numpy(), image)
-        self.log_pictures(trainer, "activation_maps", pictures, step=step)
+        images = self._images.float().cpu().numpy()
+        colours = denormalise(images, self.mean, self.std) if images.ndim == _IMAGE_AXES else [None] * len(images)
+        for index, image in enumerate(colours):
+            quantity = "activation_maps" if len(colours) == 1 else f"activation_maps_{index}"
+            chosen = self.choose_layers(list(maps.by_unit))
+            pictures = {name: partial(_picture, maps.by_unit[name][index], image) for name in chosen}
+            self.log_pictures(trainer, quantity, pictures, step=step)
 
 
-def _picture(maps: np.ndarray[Any, Any], image: Any) -> Any:
-    """Bound by value: the loop goes on before it is drawn."""
-    return lambda: activation_grid(maps, image)
+class _Maps:
+    """Keeps the activation maps of units that have positions."""
+
+    def __init__(self) -> None:
+        self.by_unit: dict[str, Tensor] = {}
+
+    def read(self, end: End) -> None:
+        """Keeps (N, C, h, w) of the first branch of each unit."""
+        layout = end.layout
+        spatial = end.tensor.ndim > 2 and layout.outer == layout.inner == 1
+        if end.activation is not None and spatial and end.unit not in self.by_unit:
+            shown = end.tensor.movedim(layout.axis, 1).narrow(1, layout.start, min(layout.size, _MAX_CHANNELS))
+            self.by_unit[end.unit] = shown.clone()
+
+
+def _picture(maps: Tensor, image: Any) -> Any:
+    return activation_grid(maps.float().cpu().numpy(), image)

@@ -30,8 +30,8 @@ _CLEANING = frozenset({"teardown", "on_exception"})
 _ALWAYS = _CLEANING | {"setup"}
 _HOOKS = frozenset(
     {
-        "setup", "teardown", "on_exception", "on_fit_start", "on_fit_end", "on_sanity_check_start", "on_sanity_check_end",
-        "on_train_start", "on_train_end", "on_train_epoch_start", "on_train_epoch_end", "on_train_batch_start",
+        "setup", "teardown", "on_exception", "on_fit_start", "on_fit_end",
+        "on_sanity_check_start", "on_sanity_check_end", "on_train_start", "on_train_end", "on_train_epoch_start", "on_train_epoch_end", "on_train_batch_start",
         "on_train_batch_end", "on_validation_start", "on_validation_end", "on_validation_epoch_start",
         "on_validation_epoch_end", "on_validation_batch_start", "on_validation_batch_end", "on_before_backward",
         "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad", "on_save_checkpoint",
@@ -200,10 +200,21 @@ class InterpCallback(CallbackBase):
 
     def tag(self, quantity: str, suffix: str = "") -> str:
         """`interp/<quantity><suffix>`, the tag of a number for the whole model."""
-        return f"interp{'.' + self.name if self.name else ''}/{quantity}{suffix}"
+        return f"interp{self._suffix}/{quantity}{suffix}"
+
+    @property
+    def _suffix(self) -> str:
+        return f".{self.name}" if self.name else ""
 
     def log_layers(  # noqa: PLR0913
-        self, trainer: Trainer, quantity: str, values: Mapping[str, float], *, step: int, unit: str = "", note: bool = True
+        self,
+        trainer: Trainer,
+        quantity: str,
+        values: Mapping[str, float],
+        *,
+        step: int,
+        unit: str = "",
+        note: bool = True,
     ) -> None:
         """Logs one number per layer: all to the history, those of `max_layers` layers to the loggers.
 
@@ -237,8 +248,14 @@ class InterpCallback(CallbackBase):
         self.write(trainer, [Scalar(tag=self.tag(quantity), step=step, value=value, unit=unit)])
 
     def log_pictures(self, trainer: Trainer, quantity: str, pictures: Mapping[str, Any], *, step: int) -> None:
-        """Logs one picture per layer, for `max_layers` layers. `pictures`: layer to (H, W, 3) uint8, or a function
-        that makes it, so that those that are not shown cost nothing."""
+        """Logs one picture per layer, for `max_layers` layers.
+
+        Args:
+            trainer: The running trainer.
+            quantity: As in the tags, see `provides`.
+            pictures: Layer to (H, W, 3) uint8, or to a function that draws it: what is not shown costs nothing.
+            step: Step on the axis of `self.log`.
+        """
         session = Session.of(trainer)
         for layer in spread(list(pictures), self.max_layers):
             picture = pictures[layer]
@@ -249,7 +266,7 @@ class InterpCallback(CallbackBase):
         """Logs the seconds that this callback has taken since the fit began."""
         self.write(
             trainer,
-            [Scalar(tag=f"interp.cost/{self.state_key}", step=step, value=self.seconds, unit="s")],
+            [Scalar(tag=f"interp.cost{self._suffix}/{type(self).__name__}", step=step, value=self.seconds, unit="s")],
         )
 
     def publish(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:

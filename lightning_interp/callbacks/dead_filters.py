@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -120,7 +121,9 @@ class DeadFilters(InterpCallback):
         has_validation = trainer.enable_validation and bool(sum(_finite(n) for n in trainer.num_val_batches))
         self._use_validation = self.split == "val" or (self.split == "auto" and has_validation)
         if self.split == "val" and not has_validation:
-            self.say_once('DeadFilters(split="val") has no validation to watch; it watches the training batches instead.')
+            self.say_once(
+                'DeadFilters(split="val") has no validation to watch; it watches the training batches instead.'
+            )
             self._use_validation = False
         if self._restored is not None:
             self._window.load_state_dict(self._restored)
@@ -218,7 +221,7 @@ class DeadFilters(InterpCallback):
 
     def _chosen(self, units: dict[str, Unit]) -> list[str]:
         names = [name for name, unit in units.items() if unit.counts]
-        return names if self.layers is None else [name for name in names if name in set(_matching(self.layers, names))]
+        return names if self.layers is None else _matching(self.layers, names)
 
     def _close(self, trainer: Trainer, pl_module: LightningModule, *, step: int) -> None:
         """Ends the window: reduces it over ranks, updates the histories, logs."""
@@ -231,7 +234,7 @@ class DeadFilters(InterpCallback):
                 self._eager.run(self._window, observer.units)
             names = self._chosen(observer.units)
             packed = self._window.pack(names, observer.units)
-        except Exception as problem:  # noqa: BLE001 - raised again once the ranks know
+        except Exception as problem:  # raised again once the ranks know
             error, packed, names = problem, torch.empty(0), []
         if not _ranks.agree(trainer, ready=error is None, size=packed.numel()):
             self._agreed_to_rest = True
@@ -281,11 +284,15 @@ class DeadFilters(InterpCallback):
         self.log_layers(trainer, "dormant_fraction", dormant, step=step)
         if dead:
             self.log_number(trainer, "dead_filters", sum(counts.values()), step=step)
-            self.log_number(trainer, "dead_fraction_max", max(c / dead[n].numel() for n, c in counts.items()), step=step)
+            self.log_number(
+                trainer, "dead_fraction_max", max(c / dead[n].numel() for n, c in counts.items()), step=step
+            )
         self._publish(trainer)
         if news:
             table = _history_table(self.lifelines, partial=partial)
-            self.write(trainer, [Text(tag=f"{self.tag('dead_filters').replace('/', '.')}/history", step=step, markdown=table)])
+            self.write(
+                trainer, [Text(tag=f"{self.tag('dead_filters').replace('/', '.')}/history", step=step, markdown=table)]
+            )
 
     def _publish(self, trainer: Trainer) -> None:
         """Present from the start, so that monitoring them never kills a run."""
@@ -293,10 +300,15 @@ class DeadFilters(InterpCallback):
             return
         history = Session.of(trainer).history
         dead = [indices for indices in self.dead.values() if indices]
-        fractions = [len(indices) / max(1.0, history.fact("num_filters", 1.0, layer)) for layer, indices in self.dead.items()]
+        fractions = [
+            len(indices) / max(1.0, history.fact("num_filters", 1.0, layer)) for layer, indices in self.dead.items()
+        ]
         self.publish(
             trainer,
-            {"interp/dead_filters": float(sum(map(len, dead))), "interp/dead_fraction_max": max(fractions, default=0.0)},
+            {
+                "interp/dead_filters": float(sum(map(len, dead))),
+                "interp/dead_fraction_max": max(fractions, default=0.0),
+            },
         )
 
     # ------------------------------------------------------------------ state
@@ -320,7 +332,6 @@ class DeadFilters(InterpCallback):
 
 
 def _matching(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
-    from fnmatch import fnmatchcase  # noqa: PLC0415
 
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_interp.callbacks.guard import undisturbed
@@ -29,7 +30,7 @@ class EagerPass:
     def run(self, window: Window, units: Units) -> None:
         """Feeds a window with the activations of all samples."""
         with undisturbed(self._model, training=False):
-            for images in self._images.split(_BATCH):
+            for images in torch.split(self._images, _BATCH):
                 with ActivationTracer(self._model, window.feed, units=units) as tracer:
                     output = self._model(images)
                 del output

@@ -60,7 +60,7 @@ class FilterGrid(InterpCallback):
         self,
         *,
         max_filters: int = 64,
-        every_n_epochs: int | None = 1,
+        every_n_epochs: int | None = None,
         every_n_train_steps: int | None = None,
         layers: Sequence[str] | None = None,
         max_layers: int = 32,
@@ -71,8 +71,8 @@ class FilterGrid(InterpCallback):
 
         Args:
             max_filters: Most filters in a picture, the first ones; more than 64 are hard to see in TensorBoard.
-            every_n_epochs: Due at the end of every n-th epoch and of the first one. None for `every_n_train_steps`.
-            every_n_train_steps: Due every n training steps; needs `every_n_epochs=None`.
+            every_n_epochs: Due at the end of every n-th epoch; the first one always is. Every epoch by default.
+            every_n_train_steps: Due every n training steps instead.
             layers: Names or globs of convolutions; None takes all.
             max_layers: Most layers with pictures and numbers of their own in the loggers.
             name: Tells two instances apart.

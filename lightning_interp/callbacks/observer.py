@@ -99,9 +99,10 @@ class Observer:
 def _leave(tracer: ActivationTracer) -> None:
     """Takes the tracer off the stack of modes, also when a user's mode was left on top of it."""
     above = []
-    while torch._C._len_torch_function_stack() and torch._C._get_function_stack_at(
-        torch._C._len_torch_function_stack() - 1
-    ) is not tracer:
+    while (
+        torch._C._len_torch_function_stack()
+        and torch._C._get_function_stack_at(torch._C._len_torch_function_stack() - 1) is not tracer
+    ):
         above.append(torch._C._pop_torch_function_stack())
     tracer.__exit__(None, None, None)
     for mode in reversed(above):

@@ -64,7 +64,7 @@ def _copy(dataset: Any) -> Any:
     _share(dataset, memo, depth=4)
     try:
         return copy.deepcopy(dataset, memo)
-    except Exception:  # noqa: BLE001 - an open file or a database handle can't be copied
+    except Exception:  # an open file or a database handle can't be copied
         return copy.copy(dataset)
 
 
@@ -73,7 +73,7 @@ def _share(value: Any, memo: dict[int, Any], depth: int) -> None:
         memo[id(value)] = value
     elif isinstance(value, torch.Generator | random.Random | np.random.Generator) or depth == 0:
         return
-    elif isinstance(value, list | tuple) and len(value) <= 64:  # noqa: PLR2004 - a long list of paths holds no arrays
+    elif isinstance(value, list | tuple) and len(value) <= 64:  #  - a long list of paths holds no arrays
         for item in value:
             _share(item, memo, depth - 1)
     elif hasattr(value, "__dict__"):

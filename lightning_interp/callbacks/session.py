@@ -61,12 +61,15 @@ class Session:
         """Hands records to all loggers, on rank zero.
 
         A record whose tag already has one at its step or later is left out: TensorBoard's fast back end would delete
-        the earlier ones (research: tensorboard, "same step written twice").
+        the earlier ones.
         """
         if not trainer.is_global_zero:
             return
-        fresh = [record for record in records if self._last_steps.get(record.tag, -1) < record.step]
-        self._last_steps.update({record.tag: record.step for record in fresh})
+        fresh = []
+        for record in records:
+            if self._last_steps.get(record.tag, -1) < record.step:
+                self._last_steps[record.tag] = record.step
+                fresh.append(record)
         sinks.write(trainer.loggers, fresh)
 
     def layer_tag(self, quantity: str, layer: str, name: str | None) -> str:
@@ -89,8 +92,6 @@ def layer_depths(model: nn.Module) -> dict[str, int]:
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, OWNERS) or getattr(getattr(module, "weight", None), "ndim", 0) >= 2  # noqa: PLR2004
+        if isinstance(module, OWNERS) or getattr(getattr(module, "weight", None), "ndim", 0) >= 2
     ]
     return {name: depth for depth, name in enumerate(names)}
-
-

@@ -123,6 +123,6 @@ def _is_graded(unit: Unit) -> bool:
 
 
 def _is_zero_kind(end: End) -> bool:
-    from lightning_interp.functional.ops import EXACT_ZERO  # noqa: PLC0415
+    from lightning_interp.functional.ops import EXACT_ZERO
 
     return end.activation in EXACT_ZERO

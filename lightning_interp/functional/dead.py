@@ -14,7 +14,9 @@ from lightning_interp.functional.tracing import ActivationTracer, End, Unit
 from lightning_interp.functional.undisturbed import undisturbed
 
 
-def dead_filters(model: nn.Module, batches: Iterable[Tensor], *, layers: Sequence[str] | None = None) -> dict[str, Tensor]:
+def dead_filters(
+    model: nn.Module, batches: Iterable[Tensor], *, layers: Sequence[str] | None = None
+) -> dict[str, Tensor]:
     """Filters that never fire: exact over all batches.
 
     A filter is an output channel of a convolution, or a unit of a linear layer that a non-linearity follows; its

@@ -7,19 +7,21 @@ slice of a concatenation.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from lightning_interp.functional import ops
+
 
 class Layout(NamedTuple):
-    """Channels c = 0 .. count-1 stand at index (p, start + c, r) of axis `axis`, seen as (outer, width, inner).
+    """Channels c = 0 .. size-1 stand at index (p, start + c, r) of axis `axis`, seen as (outer, width, inner).
 
     Attributes:
         axis: Axis of the tensor that holds the channels, from 0.
         start: First channel within `width`.
-        count: Number of channels.
+        size: Number of channels.
         width: Channels on this axis in all, those of others in a concatenation included.
         outer: Positions merged into the axis before the channels.
         inner: Positions merged into the axis after the channels.
@@ -27,7 +29,7 @@ class Layout(NamedTuple):
 
     axis: int
     start: int
-    count: int
+    size: int
     width: int
     outer: int = 1
     inner: int = 1
@@ -37,7 +39,7 @@ class Layout(NamedTuple):
         shape = tensor.shape
         before, after = math.prod(shape[: self.axis]) * self.outer, self.inner * math.prod(shape[self.axis + 1 :])
         channels = tensor.reshape(before, self.width, after)
-        return channels if self.count == self.width else channels.narrow(1, self.start, self.count)
+        return channels if self.size == self.width else channels.narrow(1, self.start, self.size)
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a tensor of this shape can have the layout."""
@@ -49,7 +51,7 @@ def reshaped(layout: Layout, old: Sequence[int], new: Sequence[int]) -> Layout |
 
     Example:
         >>> reshaped(Layout(1, 0, 8, 8), (2, 8, 3, 3), (2, 72))
-        Layout(axis=1, start=0, count=8, width=8, outer=1, inner=9)
+        Layout(axis=1, start=0, size=8, width=8, outer=1, inner=9)
         >>> reshaped(Layout(1, 0, 8, 8), (2, 8, 3, 3), (2, 4, 2, 3, 3)) is None
         True
     """
@@ -95,3 +97,19 @@ def reduced(layout: Layout, ndim: int, args: tuple[Any, ...], kwargs: Mapping[st
         return None
     keep = bool(args[1] if len(args) > 1 else kwargs.get("keepdim", False))
     return layout if keep else layout._replace(axis=layout.axis - sum(dim < layout.axis for dim in gone))
+
+
+def mover(
+    name: str, shape: tuple[int, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Callable[[Layout, Tensor], Layout | None] | None:
+    """How an operation moves the channels; None when it is not one of those that keep a filter's output its own."""
+    if name in ops.KEEP or name in ops.SUMS or name in ops.PRODUCTS:
+        return lambda layout, result: layout
+    if name in ops.RESHAPES:
+        return lambda layout, result: reshaped(layout, shape, result.shape)
+    if name in {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"}:
+        kind = "movedim" if name == "moveaxis" else name
+        return lambda layout, result: permuted(layout, kind, len(shape), args, kwargs)
+    if name in ops.POOLING_REDUCTIONS:
+        return lambda layout, result: reduced(layout, len(shape), args, kwargs)
+    return None

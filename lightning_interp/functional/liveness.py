@@ -77,13 +77,13 @@ class Liveness:
         """Takes note of one activation."""
         watch = self._watches.get(end.unit)
         if watch is None:
-            alive = torch.zeros(end.layout.count, dtype=torch.bool, device=end.tensor.device)
+            alive = torch.zeros(end.layout.size, dtype=torch.bool, device=end.tensor.device)
             watch = self._watches[end.unit] = _Watch(alive)
         if watch.num_suspects == 0:
             watch.forwards += 1
             return
         channels = end.layout.channels_first(end.tensor)
-        if end.activation not in ops.EXACT_ZERO and channels.shape[0] * channels.shape[2] < 2:  # noqa: PLR2004
+        if end.activation not in ops.EXACT_ZERO and channels.shape[0] * channels.shape[2] < 2:
             return  # a single value per channel is constant whatever the filter does
         watch.forwards += 1
         if watch.suspects is None:
@@ -106,10 +106,10 @@ class Liveness:
             flat = torch.cat([watch.alive for watch in self._watches.values()])
             pinned = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
             pinned.copy_(flat, non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
             self._copies = pinned, event, list(self._watches)
-        elif self._copies[1].query():
+        elif self._copies[1].query():  # type: ignore[no-untyped-call]
             pinned, _, names = self._copies
             self._copies = None
             self._set_suspects(names, pinned)

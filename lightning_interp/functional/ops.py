@@ -6,7 +6,7 @@ Every spelling of an operation (`F.relu`, `torch.relu`, `x.relu()`, `x.relu_()`,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -71,3 +71,10 @@ def activation_name(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         values = [*args[1:3], *(kwargs[key] for key in ("threshold", "value") if key in kwargs)]
         return "relu" if all(value == 0 for value in values) else name
     return name
+
+
+def writes(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operation writes over its input: `add_`, `__iadd__`, `inplace=True`, `out=`."""
+    name = str(getattr(func, "__name__", ""))
+    in_place = name.startswith("__i") if name.startswith("__") else name.endswith("_")
+    return in_place or bool(kwargs.get("inplace")) or kwargs.get("out") is not None

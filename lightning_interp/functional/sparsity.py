@@ -33,7 +33,7 @@ def sparsity(activations: Tensor, *, channel_axis: int = 1) -> Tensor:
         >>> sparsity(torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
         tensor([1.0000, 0.5000])
     """
-    if activations.ndim < 2 or not activations.numel():  # noqa: PLR2004
+    if activations.ndim < 2 or not activations.numel():
         raise ArgumentError(
             f"Expected argument `activations` to be a non-empty tensor (N, C, ...), but got {tuple(activations.shape)}."
         )

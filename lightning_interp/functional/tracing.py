@@ -21,11 +21,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,81 +31,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_interp.functional import ops
-from lightning_interp.functional.layout import Layout, permuted, reduced, reshaped
+from lightning_interp.functional.hooks import ATTENTION, QuietHook, in_backward
+from lightning_interp.functional.layout import Layout, mover
+from lightning_interp.functional.units import End, Reader, Strand, Unit
 
-_ATTENTION = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
-
-
-class End(NamedTuple):
-    """The output of a filter layer has become its activation.
-
-    Attributes:
-        unit: Name of the unit: of the layer in `named_modules()`, or of the block of a residual sum.
-        activation: Name of the non-linearity, or None where something else ended the chain.
-        tensor: The activation itself; must not be kept.
-        layout: Where its channels are.
-    """
-
-    unit: str
-    activation: str | None
-    tensor: Tensor
-    layout: Layout
-
-
-@dataclass
-class Unit:
-    """What is known of a layer with filters, or of the ReLU after a residual sum.
-
-    Attributes:
-        name: Name of the layer, or of the block that sums.
-        kind: `conv`, `linear` or `sum`.
-        num_filters: Channels.
-        activations: Names of the non-linearities that end its branches; empty if there are none.
-        layers: The layers that must be followed to see this unit.
-    """
-
-    name: str
-    kind: Literal["conv", "linear", "sum"]
-    num_filters: int
-    activations: set[str] = field(default_factory=set)
-    layers: frozenset[str] = frozenset()
-
-    @property
-    def counts(self) -> bool:
-        """Whether it has filters by the definition: a linear layer needs a non-linearity behind it."""
-        return self.kind == "conv" or bool(self.activations)
-
-    @property
-    def exact_zero(self) -> bool:
-        """Whether each of its branches ends in a non-linearity with an exact zero."""
-        return bool(self.activations) and self.activations <= ops.EXACT_ZERO
-
-
-class _Strand(NamedTuple):
-    """A filter layer's channels inside a tensor, on the way to their non-linearity; `unit` None: past it."""
-
-    unit: str | None
-    layout: Layout
-
-
-class _Hook:
-    """A hook that a deep copy or a pickle of the model does not carry along."""
-
-    def __init__(self, function: Callable[..., None]) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any) -> None:
-        self.function(*args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return functools.partial(sys.audit, "lightning_interp.inert_hook")
-
-    def __reduce__(self) -> Any:
-        # A partial of a builtin: it returns None, and a checkpoint that holds it loads without this package.
-        return functools.partial, (sys.audit, "lightning_interp.inert_hook")
-
-
-Reader = Callable[[End], None]
+__all__ = ["ActivationTracer", "End", "Reader", "Unit"]
 
 
 class ActivationTracer(TorchFunctionMode):
@@ -132,7 +60,7 @@ class ActivationTracer(TorchFunctionMode):
         self._reader = reader
         self._model = model
         self._follow = follow
-        self._strands: dict[int, tuple[weakref.ref[Tensor], tuple[_Strand, ...]]] = {}
+        self._strands: dict[int, tuple[weakref.ref[Tensor], tuple[Strand, ...]]] = {}
         self._unread: set[int] = set()
         self._handles: list[RemovableHandle] = []
         self._last_layer = ""
@@ -146,11 +74,11 @@ class ActivationTracer(TorchFunctionMode):
         for name, module in self._model.named_modules():
             if isinstance(module, ops.OWNERS) and (self._follow is None or name in self._follow):
                 self._hook_layer(name, module)
-            elif isinstance(module, _ATTENTION):
+            elif isinstance(module, ATTENTION):
                 # In eval mode these take a fast path only if nobody listens, and it rounds differently.
-                self._handles.append(module.register_forward_pre_hook(_Hook(self._pause)))
-                self._handles.append(module.register_forward_hook(_Hook(self._resume), always_call=True))
-        super().__enter__()
+                self._handles.append(module.register_forward_pre_hook(QuietHook(self._pause)))
+                self._handles.append(module.register_forward_hook(QuietHook(self._resume), always_call=True))
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -159,8 +87,8 @@ class ActivationTracer(TorchFunctionMode):
             handle.remove()
         self._handles.clear()
         if not self._paused:
-            super().__exit__(*exception)
-        if exception == () or exception[0] is None:
+            super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        if not any(exception):
             self._guard(self._finish)
         self._strands.clear()
         self._unread.clear()
@@ -169,31 +97,31 @@ class ActivationTracer(TorchFunctionMode):
         training = module.training  # calls in another mode are not this batch's own forward
         before = functools.partial(self._enter_layer, training)
         after = functools.partial(self._leave_layer, name, training)
-        self._handles.append(module.register_forward_pre_hook(_Hook(before)))
-        self._handles.append(module.register_forward_hook(_Hook(after), always_call=True))
+        self._handles.append(module.register_forward_pre_hook(QuietHook(before)))
+        self._handles.append(module.register_forward_hook(QuietHook(after), always_call=True))
 
     def _pause(self, module: nn.Module, args: Any) -> None:
         if not module.training:
             self._paused += 1
             if self._paused == 1:
-                super().__exit__(None, None, None)
+                super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _resume(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._paused:
             self._paused -= 1
             if self._paused == 0:
-                super().__enter__()
+                super().__enter__()  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------------ layers with filters
 
     def _enter_layer(self, training: bool, module: nn.Module, args: Any) -> None:
         self._inside += 1
         if self._inside == 1 and not self.error:
-            self._guard(lambda: [self._end(tensor) for tensor in _tensors(args)])
+            self._guard(lambda: self._end(*_tensors(args)))
 
     def _leave_layer(self, name: str, training: bool, module: nn.Module, args: Any, output: Any) -> None:
         self._inside -= 1
-        if self._inside or self.error or module.training is not training or _in_backward():
+        if self._inside or self.error or module.training is not training or in_backward():
             return
         if isinstance(output, Tensor) and output.is_floating_point():
             self._guard(lambda: self._begin(name, module, output))
@@ -205,7 +133,7 @@ class ActivationTracer(TorchFunctionMode):
         if name not in self.units:
             self.units[name] = Unit(name, "linear" if linear else "conv", channels, layers=frozenset({name}))
         self._last_layer = name
-        self._put(output, (_Strand(name, Layout(axis, 0, channels, channels)),))
+        self._put(output, (Strand(name, Layout(axis, 0, channels, channels)),))
 
     # ------------------------------------------------------------------ torch functions
 
@@ -217,12 +145,12 @@ class ActivationTracer(TorchFunctionMode):
         if self._inside or self.error or not self._strands or not args:
             return func(*args, **kwargs)
         name = ops.base_name(func)
-        if name == "get" or _in_backward():
+        if name == "get" or in_backward():
             return func(*args, **kwargs)
         followed = [tensor for tensor in _tensors(args) if self._of(tensor)]
         if not followed:
             return func(*args, **kwargs)
-        in_place = _writes(func, kwargs)
+        in_place = ops.writes(func, kwargs)
         plan = self._guard(lambda: self._before(name, followed, args, kwargs, in_place=in_place))
         result = func(*args, **kwargs)
         if plan is not None and not self.error:
@@ -231,7 +159,7 @@ class ActivationTracer(TorchFunctionMode):
 
     def _before(
         self, name: str, followed: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, in_place: bool
-    ) -> Callable[[Tensor], tuple[_Strand, ...]]:
+    ) -> Callable[[Tensor], tuple[Strand, ...]]:
         """What the operation will do, decided before it runs: it may write over its input."""
         first, strands = followed[0], self._of(followed[0])
         if name in ops.NON_LINEARITIES and args[0] is first:
@@ -242,7 +170,7 @@ class ActivationTracer(TorchFunctionMode):
             self._read(*followed)
             return lambda result: joined
         combines = name in ops.SUMS | ops.PRODUCTS and not self._is_constant(name, args, first)
-        moved = None if combines else _moved(name, tuple(first.shape), args[1:], kwargs)
+        moved = None if combines else mover(name, tuple(first.shape), args[1:], kwargs)
         if moved is not None:
             self._read(first)
             return lambda result: tuple(
@@ -255,7 +183,7 @@ class ActivationTracer(TorchFunctionMode):
             self._end(*followed)
         summands = [strand for tensor in followed for strand in self._of(tensor)]
 
-        def conclude(result: Tensor) -> tuple[_Strand, ...]:
+        def conclude(result: Tensor) -> tuple[Strand, ...]:
             # A check or a number for a log is no reader.
             if not in_place and result.ndim and result.dtype != torch.bool:
                 self._end(*followed)
@@ -263,7 +191,7 @@ class ActivationTracer(TorchFunctionMode):
 
         return conclude
 
-    def _after(self, plan: Callable[[Tensor], tuple[_Strand, ...]], result: Any) -> None:
+    def _after(self, plan: Callable[[Tensor], tuple[Strand, ...]], result: Any) -> None:
         tensor = next(_tensors(result), None)
         if tensor is None:
             return
@@ -273,27 +201,27 @@ class ActivationTracer(TorchFunctionMode):
         else:
             self._strands.pop(id(tensor), None)
 
-    def _activate(self, activation: str, strands: tuple[_Strand, ...], result: Tensor) -> tuple[_Strand, ...]:
+    def _activate(self, activation: str, strands: tuple[Strand, ...], result: Tensor) -> tuple[Strand, ...]:
         for strand in strands:
             if strand.unit is not None:
                 self.units[strand.unit].activations.add(activation)
                 self._hand_over(strand, activation, result)
         layout = strands[0].layout
-        return (_Strand(None, layout._replace(start=0, count=layout.width)),)
+        return (Strand(None, layout._replace(start=0, size=layout.width)),)
 
-    def _concatenate(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[_Strand, ...] | None:
+    def _concatenate(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Strand, ...] | None:
         tensors = list(args[0])
         axis = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
         axis = int(axis) % tensors[0].ndim
         width = sum(tensor.shape[axis] for tensor in tensors)
-        joined: list[_Strand] = []
+        joined: list[Strand] = []
         start = 0
         for tensor in tensors:
             for strand in self._of(tensor):
                 layout = strand.layout
                 if layout.axis != axis or layout.outer != 1 or layout.inner != 1:
                     return None
-                joined.append(_Strand(strand.unit, layout._replace(start=start + layout.start, width=width)))
+                joined.append(Strand(strand.unit, layout._replace(start=start + layout.start, width=width)))
             start += tensor.shape[axis]
         return tuple(joined)
 
@@ -308,13 +236,13 @@ class ActivationTracer(TorchFunctionMode):
             return True
         return name in ops.PRODUCTS and other.shape[0] == other.numel()  # one factor a sample: stochastic depth
 
-    def _sum(self, strands: Sequence[_Strand], result: Tensor) -> tuple[_Strand, ...]:
+    def _sum(self, strands: Sequence[Strand], result: Tensor) -> tuple[Strand, ...]:
         named = {strand.unit for strand in strands if strand.unit is not None}
         layers = {name for name in named if self.units[name].kind != "sum"} or {self._last_layer}
         layout = strands[0].layout
-        layout = layout._replace(start=0, count=layout.width)
+        layout = layout._replace(start=0, size=layout.width)
         name = self._sum_name(frozenset(layers), layout.width) if layout.fits(result.shape) else None
-        return (_Strand(name, layout),) if name is not None else ()
+        return (Strand(name, layout),) if name is not None else ()
 
     def _sum_name(self, layers: frozenset[str], channels: int) -> str | None:
         """A sum is named after the block that makes it: what the names of its layers begin with."""
@@ -335,11 +263,11 @@ class ActivationTracer(TorchFunctionMode):
 
     # ------------------------------------------------------------------ bookkeeping
 
-    def _of(self, tensor: Tensor) -> tuple[_Strand, ...]:
+    def _of(self, tensor: Tensor) -> tuple[Strand, ...]:
         entry = self._strands.get(id(tensor))
         return entry[1] if entry is not None and entry[0]() is tensor else ()
 
-    def _put(self, tensor: Tensor, strands: tuple[_Strand, ...]) -> None:
+    def _put(self, tensor: Tensor, strands: tuple[Strand, ...]) -> None:
         self._strands[id(tensor)] = (weakref.ref(tensor), strands)
         self._unread.add(id(tensor))
 
@@ -359,7 +287,7 @@ class ActivationTracer(TorchFunctionMode):
         waiting = [self._strands[key][0]() for key in self._unread if key in self._strands]
         self._end(*(tensor for tensor in waiting if tensor is not None))
 
-    def _hand_over(self, strand: _Strand, activation: str | None, tensor: Tensor) -> None:
+    def _hand_over(self, strand: Strand, activation: str | None, tensor: Tensor) -> None:
         if strand.unit is not None and strand.layout.fits(tensor.shape) and tensor.numel():
             with torch.no_grad():
                 self._reader(End(strand.unit, activation, tensor.detach(), strand.layout))
@@ -368,32 +296,9 @@ class ActivationTracer(TorchFunctionMode):
         """Runs our own code inside the user's forward: an error of ours must not become one of theirs."""
         try:
             return work()
-        except Exception as error:  # noqa: BLE001 - reported by whoever owns the reader
+        except Exception as error:  # reported by whoever owns the reader
             self.error = error
             return None
-
-
-def _moved(
-    name: str, shape: tuple[int, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Callable[[Layout, Tensor], Layout | None] | None:
-    """How an operation moves the channels; None when it is not one of those that keep a filter's output its own."""
-    if name in ops.KEEP or name in ops.SUMS or name in ops.PRODUCTS:
-        return lambda layout, result: layout
-    if name in ops.RESHAPES:
-        return lambda layout, result: reshaped(layout, shape, result.shape)
-    if name in {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"}:
-        kind = "movedim" if name == "moveaxis" else name
-        return lambda layout, result: permuted(layout, kind, len(shape), args, kwargs)
-    if name in ops.POOLING_REDUCTIONS:
-        return lambda layout, result: reduced(layout, len(shape), args, kwargs)
-    return None
-
-
-def _writes(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether an operation writes over its input: `add_`, `__iadd__`, `inplace=True`, `out=`."""
-    name = str(getattr(func, "__name__", ""))
-    in_place = name.startswith("__i") if name.startswith("__") else name.endswith("_")
-    return in_place or bool(kwargs.get("inplace")) or kwargs.get("out") is not None
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -406,8 +311,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
                 yield item
             elif isinstance(item, list | tuple):
                 yield from (tensor for tensor in item if isinstance(tensor, Tensor))
-
-
-def _in_backward() -> bool:
-    """Whether autograd is running: activation checkpointing repeats forwards there."""
-    return torch._C._current_graph_task_id() != -1

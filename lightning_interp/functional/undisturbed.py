@@ -19,7 +19,7 @@ Cleanup = Callable[[], None]
 def generators_kept() -> Iterator[None]:
     """Puts the states of the generators of torch, CUDA, MPS, numpy and python back, also after an exception."""
     numpy_state, python_state, cpu_state = np.random.get_state(), random.getstate(), torch.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     mps_state = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:
         yield

@@ -12,7 +12,9 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_interp.functional.tracing import ActivationTracer, End, Unit
+from lightning_interp.functional.hooks import QuietHook
+from lightning_interp.functional.tracing import ActivationTracer
+from lightning_interp.functional.units import End, Unit
 
 
 def trace(model, *inputs):
@@ -124,7 +126,10 @@ def test_shared_module_gives_one_end_per_layer():
             return self.relu(self.second(self.relu(self.first(x))))
 
     _, ends, _ = trace(Shared(), torch.randn(2, 1, 4, 4))
-    assert [(end.unit, end.activation, end.layout.count) for end in ends] == [("first", "relu", 2), ("second", "relu", 3)]
+    assert [(end.unit, end.activation, end.layout.size) for end in ends] == [
+        ("first", "relu", 2),
+        ("second", "relu", 3),
+    ]
 
 
 def test_residual_sum_is_a_unit_of_its_own():
@@ -258,7 +263,7 @@ def test_torchvision_networks_are_read_wholly(name):
     convolutions = [n for n, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     assert [unit.name for unit in counting if unit.kind == "conv"] == convolutions or name == "densenet121"
     assert {end.unit for end in ends} >= {unit.name for unit in counting}
-    assert all(end.layout.count == units[end.unit].num_filters for end in ends)
+    assert all(end.layout.size == units[end.unit].num_filters for end in ends)
 
 
 def test_nothing_stays_on_the_model():
@@ -282,7 +287,7 @@ def test_nothing_stays_on_the_model():
 
 
 def test_copies_made_while_tracing_carry_no_live_hook():
-    """deepcopy and pickle inside a training step give models that work and know nothing of the tracer."""
+    """Deepcopy and pickle inside a training step give models that work and know nothing of the tracer."""
     model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU())
     ends: list[End] = []
     with ActivationTracer(model, ends.append):
@@ -326,8 +331,6 @@ def test_attention_in_eval_mode_keeps_its_fast_path():
 
 def test_inert_hook_is_a_builtin():
     """What a copy carries instead of a hook does nothing and needs no package."""
-    from lightning_interp.functional.tracing import _Hook
-
-    hook = copy.deepcopy(_Hook(print))
+    hook = copy.deepcopy(QuietHook(print))
     assert hook.func is sys.audit
     assert hook(nn.ReLU(), (torch.ones(1),), torch.ones(1)) is None

@@ -1,0 +1,405 @@
+"""`TrainingDynamics`: does the loss fall as the gradient promises, and how far does each layer move?"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_interp._options import check_at_least
+from lightning_interp.callbacks._backlog import Backlog, Item
+from lightning_interp.callbacks._lightning import LightningModule, Trainer, planned_steps
+from lightning_interp.callbacks._probe import SameBatchProbe, can_probe, image_statistics
+from lightning_interp.callbacks._updates import Movement, UpdateProbe, largest_rate, movement, parameter_layers
+from lightning_interp.callbacks.base import InterpCallback, OnError
+from lightning_interp.callbacks.session import Session
+from lightning_interp.functional.updates import step_ratio
+from lightning_interp.records import Scalar
+
+log = logging.getLogger(__name__)
+
+# Values are fetched from the device so often, in steps: early, where rules must be quick, and later.
+_FETCH_EARLY, _FETCH_LATE = 10, 50
+# Batches that a due step waits for the optimizers that have not stepped (several optimizers that take turns).
+_PATIENCE = 8
+# The loss found on the tape counts as the training loss within so much.
+_AGREEMENT = 1e-4
+# A predicted fall of less than so much of the loss drowns in the rounding of float32 losses.
+_RESOLUTION = 1e-5
+_SHARDED = ("FSDP", "DeepSpeed", "ModelParallel")
+
+
+class TrainingDynamics(InterpCallback):
+    """Loss, learning rate, gradient norm, update ratio per layer, and the same-batch step ratio.
+
+    The *update ratio* of a layer is the real update of its weights (after minus before the step, whatever the
+    optimizer, clipping and schedule did) over their norm. The *step ratio* compares the loss of one batch before and
+    after the update that it caused with what its gradient promised: 1 is a short step, 1/2 on a parabola the step to
+    its minimum, less than 0 an overshoot. Its second forward runs with the same inputs, modes and random numbers and
+    leaves no trace; `training_step` is never called again.
+
+    Every step is probed at the start, where a too-high learning rate does its damage, then every n-th one. The loss
+    of every step is kept for the rules.
+
+    The step ratio needs a loss function of `torch.nn.functional` (cross-entropy, NLL, BCE, MSE, L1, smooth L1, Huber,
+    KL) behind the LightningModule or its parts, one backward a batch, and a loss that `training_step` returns. Sums
+    and multiples of such losses (mixed targets, auxiliary heads) are followed. With gradient accumulation and under
+    DDP it holds for the last micro-batch of this process, with the gradient of that alone. Where it can't be known
+    exactly, there is none: compiled models, SyncBatchNorm over several processes, attention in eval mode. With FSDP
+    and DeepSpeed only loss and learning rate are measured. Steps that the gradient scaler skips are left out.
+
+    Logs: `interp.update_ratio/<layer>`, `interp.gradient_norm/<layer>` (both of the weights of two or more axes; the
+    gradient before clipping), `interp/update_ratio_median`, `interp/update_ratio_max`, `interp/gradient_norm` (all
+    parameters), `interp/learning_rate` (the largest), `interp/step_ratio`.
+    Metric: `interp/update_ratio_median`, NaN before the first.
+    Source: CS231n, "Neural Networks Part 3"; Nocedal and Wright 2006, equation 4.4; Schneider et al. 2021 (Cockpit).
+    """
+
+    provides: ClassVar[tuple[str, ...]] = ("update_ratio", "gradient_norm", "step_ratio", "learning_rate", "cost")
+    measures: ClassVar[tuple[str, ...]] = (
+        "loss", "loss_before", "loss_after", "step_ratio", "learning_rate", "gradient_norm", "update_norm", "update_ratio",
+        "num_classes", "planned_steps", "input_mean", "input_std", "non_finite_step", "trainable", "in_optimizer",
+    )  # fmt: skip
+
+    def __init__(  # noqa: PLR0913 - options
+        self,
+        *,
+        dense_steps: int = 50,
+        every_n_train_steps: int | None = 100,
+        layers: Sequence[str] | None = None,
+        max_layers: int = 32,
+        name: str | None = None,
+        on_error: OnError = "warn",
+    ) -> None:
+        """Checks and keeps the options.
+
+        Args:
+            dense_steps: So many steps at the start are all probed; the first one always is.
+            every_n_train_steps: After these, every n-th step is probed; None probes no more.
+            layers: Names or globs of the layers to look at, as in `named_modules()`; None takes all with parameters.
+            max_layers: Most layers with scalars of their own; medians and maxima hold all.
+            name: Tells two instances apart, in the tags and in the checkpoint.
+            on_error: `"warn"` reports an error once and lets the callback rest; `"raise"` raises it.
+
+        Raises:
+            ArgumentError: If an option is wrong.
+        """
+        super().__init__(
+            every_n_train_steps=every_n_train_steps, layers=layers, max_layers=max_layers, name=name, on_error=on_error
+        )
+        check_at_least("dense_steps", dense_steps, 0)
+        self.dense_steps = dense_steps
+        self._reset()
+
+    def _reset(self) -> None:
+        self._backlog = Backlog()
+        self._partial: list[float] = []
+        self._median = math.nan
+        self._images_seen = False
+        self._sharded = False
+        self._can_replay = True
+        self._waiting: set[int] = set()
+        self._patience = 0
+        self._updates: UpdateProbe | None = None
+        self._same_batch: SameBatchProbe | None = None
+        self._rate: float | Tensor = math.nan
+
+    # ------------------------------------------------------------------ life
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Joins the session and checks the names of the layers."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._reset()
+            if parameter_layers(pl_module):
+                self._chosen(list(parameter_layers(pl_module)))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes what is known before the first step; after a resume, goes on with what was not written yet."""
+        self._sharded = any(word in type(trainer.strategy).__name__ for word in _SHARDED)
+        if self._sharded:
+            self.say_once(
+                f"{type(trainer.strategy).__name__} splits the weights over processes: TrainingDynamics measures the "
+                "loss only. Train with DDP, or on one device, to see updates and gradients."
+            )
+        Session.of(trainer).history.note("planned_steps", planned_steps(trainer))
+        self._report(trainer)
+        self._publish(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes what waits."""
+        self._report(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes what waits."""
+        self._drop()
+        self._report(trainer)
+        self._publish(trainer)
+        self.log_cost(trainer, step=self.step_of(trainer) - 1)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes what waits, for rules that look at the end of a validation."""
+        self._drop()
+        self._report(trainer)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps the metric where EarlyStopping looks."""
+        self._publish(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Takes everything off the model, and writes what waits: the last losses before a crash matter most."""
+        try:
+            self._drop()
+            self._report(trainer)
+            self.flush(trainer)
+        finally:
+            super().on_exception(trainer, pl_module, exception)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Takes everything off the model."""
+        self._drop()
+        super().teardown(trainer, pl_module, stage)
+
+    def release(self) -> None:
+        """Takes everything off the model."""
+        self._drop()
+
+    def _drop(self) -> None:
+        probe, self._same_batch, self._updates = self._same_batch, None, None
+        if probe is not None:
+            probe.detach()
+
+    # ------------------------------------------------------------------ one batch
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Arms the probes on batches that are due and end in an optimizer step."""
+        self._drop()  # a batch that the user's hook skipped has no end
+        step = self.step_of(trainer)
+        if step < max(1, self.dense_steps) or self.step_due(trainer, step):
+            self._waiting = {id(optimizer) for optimizer in trainer.optimizers}
+            self._patience = _PATIENCE
+        if not self._waiting or self._sharded or _accumulates(trainer):
+            return
+        self._patience -= 1
+        self._updates = UpdateProbe(pl_module, trainer.optimizers)
+        if self._can_replay and can_probe(pl_module, trainer.world_size):
+            self._same_batch = SameBatchProbe(pl_module, self._updates.parameters)
+            self._same_batch.attach()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """The forward is over."""
+        if self._same_batch is not None:
+            self._same_batch.before_backward(loss)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The gradients are there."""
+        if self._same_batch is not None:
+            self._same_batch.after_backward()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Keeps the weights; the gradients are unscaled and not clipped yet."""
+        if self._updates is None or id(optimizer) not in self._waiting:
+            return
+        self._rate = largest_rate(trainer.optimizers)
+        if self._updates.before_step(optimizer, _gradient_scale(trainer, optimizer)):
+            self._waiting.discard(id(optimizer))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keeps the loss, and finishes the probes."""
+        step, ends = self.step_of(trainer), not _accumulates(trainer)
+        scale = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+        loss = _single(outputs.get("loss") if isinstance(outputs, dict) else outputs)
+        if loss is not None:
+            self._backlog.add("loss", step, {"loss": loss}, scale=scale, ends=ends)
+        if self._updates is not None and (loss is not None or not pl_module.automatic_optimization):
+            self._finish(trainer, pl_module, None if loss is None else loss * scale, batch)
+        self._drop()
+        if self._patience <= 0:
+            self._waiting.clear()
+        every = _FETCH_EARLY if step < max(self.dense_steps, _FETCH_LATE) else _FETCH_LATE
+        if len(self._backlog) >= every * (2 if step < self.dense_steps else 1):
+            self._report(trainer)
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor | None, batch: Any) -> None:
+        probe, measured = self._same_batch, self._updates.after_step() if self._updates is not None else None
+        if probe is not None:
+            probe.detach()
+        if not self._images_seen:
+            self._images_seen = True
+            images = probe.images if probe is not None else image_statistics(batch)
+            if images is not None:
+                self._backlog.add("images", self.step_of(trainer), {"mean": images[0], "std": images[1]})
+        if measured is None or self._updates is None:
+            return
+        tensors, notes, updates = measured
+        notes |= {"trainable": self._updates.trainable, "in_optimizer": self._updates.in_optimizer}
+        if isinstance(self._rate, Tensor):
+            tensors["rate"] = self._rate
+        else:
+            notes["rate"] = self._rate
+        if probe is not None and loss is not None:
+            tensors |= {"returned": loss, **self._again(trainer, probe, loss, updates)}
+            notes["automatic"] = bool(pl_module.automatic_optimization)
+            if probe.num_classes is not None:
+                notes["num_classes"], tensors["classified"] = probe.num_classes
+        self._backlog.add("probe", self.step_of(trainer), tensors, **notes)
+
+    def _again(
+        self, trainer: Trainer, probe: SameBatchProbe, loss: Tensor, updates: dict[int, Tensor]
+    ) -> dict[str, Tensor]:
+        """The loss after the update; a model that can't be followed costs the step ratio, not the callback."""
+        try:
+            if probe.error is not None:
+                raise probe.error
+            return probe.measure(loss, updates, trainer.precision_plugin.forward_context())
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            self._can_replay = False
+            self.say_once(
+                f"TrainingDynamics can't compute the loss of a batch a second time ({type(error).__name__}: {error}). "
+                "There is no step ratio for this run; everything else is measured."
+            )
+            return {}
+
+    # ------------------------------------------------------------------ output
+
+    def _report(self, trainer: Trainer) -> None:
+        """Fetches what waits on the device, and hands it to the history and to the loggers, each at its own step."""
+        history = Session.of(trainer).history
+        for item in self._backlog.take():
+            if item.kind == "loss":
+                self._report_loss(trainer, item)
+            elif item.kind == "images":
+                history.note("input_mean", item.values["mean"][0])
+                history.note("input_std", item.values["std"][0])
+            else:
+                self._report_probe(trainer, item)
+
+    def _report_loss(self, trainer: Trainer, item: Item) -> None:
+        """The loss of a step is the mean over its micro-batches."""
+        self._partial.append(item.values["loss"][0] * item.notes["scale"])
+        if not item.notes["ends"]:
+            return
+        loss = sum(self._partial) / len(self._partial)
+        self._partial = []
+        Session.of(trainer).history.record("loss", loss, step=item.step)
+        if not math.isfinite(loss):
+            self._note_broken(trainer, None, item.step)
+
+    def _report_probe(self, trainer: Trainer, item: Item) -> None:
+        moved = movement(item.values, item.notes)
+        if moved is None:
+            return
+        session, step = Session.of(trainer), item.step
+        history = session.history
+        chosen = set(self._chosen(list(item.notes["trainable"])))
+        for fact in ("trainable", "in_optimizer"):
+            for layer, value in item.notes[fact].items():
+                if layer in chosen:
+                    history.note(fact, value, layer=layer)
+        for layer in moved.broken:
+            self._note_broken(trainer, layer, step)
+        for layer, norm in moved.update_norm.items():
+            if layer in chosen:
+                history.record("update_norm", norm, step=step, layer=layer)
+        self._log_movement(trainer, moved, chosen, step)
+        rate = item.values["rate"][0] if "rate" in item.values else item.notes["rate"]
+        self.log_number(trainer, "learning_rate", rate, step=step, note=True)
+        if "returned" in item.values:
+            self._report_losses(trainer, item)
+
+    def _log_movement(self, trainer: Trainer, moved: Movement, chosen: set[str], step: int) -> None:
+        for quantity in ("update_ratio", "gradient_norm"):
+            values = {layer: value for layer, value in getattr(moved, quantity).items() if layer in chosen}
+            self.log_layers(trainer, quantity, values, step=step)
+        self.log_number(trainer, "gradient_norm", moved.total_gradient, step=step, note=True)
+        if moved.update_ratio:
+            self._median = moved.median_ratio
+            self.log_number(trainer, "update_ratio_median", moved.median_ratio, step=step)
+            self.log_number(trainer, "update_ratio_max", moved.largest_ratio, step=step)
+            self._publish(trainer)
+
+    def _report_losses(self, trainer: Trainer, item: Item) -> None:
+        """The same-batch losses, if the one that was followed is the one that was returned."""
+        history = Session.of(trainer).history
+        number = {name: values[0] for name, values in item.values.items() if len(values) == 1}
+        returned = number["returned"]
+        if "classified" in number and _agree(number["classified"], returned):
+            history.note("num_classes", item.notes["num_classes"])
+        if "again" not in number:
+            return
+        value, again = number["value"], number["again"]
+        # In automatic optimisation what goes into backward is the returned loss, scaled.
+        if not (number["exact"] and item.notes["automatic"]) and not _agree(value, returned):
+            log.debug("step %d: no loss function agrees with the returned loss %g", item.step, returned)
+            return
+        scale = returned / value if value else math.nan
+        fall = number["fall"] * (value / number["backward"] if number["backward"] else math.nan)
+        ratio = step_ratio(value, again, fall, resolution=_RESOLUTION)
+        history.record("loss_before", returned, step=item.step)
+        history.record("loss_after", again * scale, step=item.step)
+        if not math.isnan(ratio):
+            self.log_number(trainer, "step_ratio", ratio, step=item.step, note=True)
+
+    def _note_broken(self, trainer: Trainer, layer: str | None, step: int) -> None:
+        history = Session.of(trainer).history
+        if math.isinf(history.fact("non_finite_step", math.inf, layer)):
+            history.note("non_finite_step", step, layer=layer)
+
+    def _publish(self, trainer: Trainer) -> None:
+        if not self.quiet:
+            self.publish(trainer, {self.tag("update_ratio_median"): self._median})
+
+    def _chosen(self, available: list[str]) -> list[str]:
+        return self.choose_layers([name for name in available if name])
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured and not written yet; a resumed run neither repeats nor loses a value."""
+        return {
+            "version": 1,
+            "backlog": self._backlog.state_dict(),
+            "partial": list(self._partial),
+            "median": self._median,
+            "images_seen": self._images_seen,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self._backlog.load_state_dict(state_dict["backlog"])
+        self._partial = list(state_dict["partial"])
+        self._median = state_dict["median"]
+        self._images_seen = state_dict["images_seen"]
+
+
+def _accumulates(trainer: Any) -> bool:
+    """Whether the current batch ends without an optimizer step; the same on all ranks."""
+    return bool(trainer.fit_loop._should_accumulate())
+
+
+def _gradient_scale(trainer: Any, optimizer: Any) -> float:
+    """What the gradients are still multiplied with: fused optimizers unscale them inside their step."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return float(scaler.get_scale()) if fused and scaler is not None else 1.0
+
+
+def _single(value: Any) -> Tensor | None:
+    """A loss as a 0-d tensor, None if it is not one number."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return torch.tensor(float(value))
+    if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
+        return value.detach().reshape(())
+    return None
+
+
+def _agree(value: float, returned: float) -> bool:
+    return abs(value - returned) <= _AGREEMENT * abs(returned)
