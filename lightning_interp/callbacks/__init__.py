@@ -1,1 +1,1 @@
-"""Callbacks: when, on which layers and images; they keep the model undisturbed, and leave the numbers to `functional`."""
+"""Callbacks: when, on which layers and images; they keep the model undisturbed. The numbers come from `functional`."""

@@ -153,6 +153,11 @@ class SameBatchProbe:
         return self._tape.error
 
     @property
+    def exact(self) -> bool:
+        """Whether the loss that is followed is the very tensor that went into backward."""
+        return self._exact is not None
+
+    @property
     def num_classes(self) -> tuple[int, Tensor] | None:
         """Classes and value of the last cross-entropy of the step, None if there was none."""
         calls = [call for call in self._tape.calls if call.num_classes is not None]
@@ -170,8 +175,8 @@ class SameBatchProbe:
 
         Returns:
             Single numbers on the device: `value` and `again`, the loss before and after in the scale that was found on
-            the tape, `exact` (1 if it is the very tensor that went into backward), `backward`, what went there, and
-            `fall`, -g . Delta in the scale of `backward`. Empty if the loss is not known well enough.
+            the tape, `backward`, what the gradients were taken of, and `fall`, -g . Delta in its scale. Empty if there
+            is no loss to follow.
         """
         self.detach()
         found = self._select(returned)
@@ -184,8 +189,7 @@ class SameBatchProbe:
             return {}
         keys = [key for key in self._gradients if key in updates]
         fall = predicted_fall([self._gradients[key] for key in keys], [updates[key] for key in keys])
-        exact = torch.full((), float(slot == self._exact))
-        return {"value": value, "again": again, "exact": exact, "backward": self._loss, "fall": fall}
+        return {"value": value, "again": again, "backward": self._loss, "fall": fall}
 
     def _select(self, returned: Tensor) -> tuple[Slot, Tensor] | None:
         """The tensor that went into backward, else the number on the tape that is nearest to the returned loss."""

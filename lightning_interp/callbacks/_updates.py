@@ -1,18 +1,16 @@
-"""How far each layer moved in one step: snapshots before, norms after, sums over layers on the host."""
+"""How far each parameter moved in one step: snapshots before, norms after."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_interp.functional.updates import copies, differences, relative_norm, tensor_norms
+from lightning_interp.functional.updates import copies, differences, tensor_norms
 
 
 def parameter_layers(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -125,67 +123,3 @@ class UpdateProbe:
             "held": [position[id(p)] for p in self._taken if id(p) not in {id(free) for free in self._free}],
         }
         return tensors, notes, dict(zip(position, updates, strict=True))
-
-
-@dataclass
-class Movement:
-    """One probed step on the host; layers by name.
-
-    Attributes:
-        update_norm: Norm of the update of all parameters that a layer owns.
-        update_ratio: Norm of the update over norm of the weights of two or more axes; without layers for which it is
-            not defined (zeros that moved).
-        gradient_norm: Norm of the gradient of these weights, before clipping; layers outside all optimizers have none.
-        total_gradient: Norm of the gradient of all parameters.
-        broken: Layers with a gradient or weight that is NaN or infinite.
-    """
-
-    update_norm: dict[str, float] = field(default_factory=dict)
-    update_ratio: dict[str, float] = field(default_factory=dict)
-    gradient_norm: dict[str, float] = field(default_factory=dict)
-    total_gradient: float = 0.0
-    broken: list[str] = field(default_factory=list)
-
-    @property
-    def median_ratio(self) -> float:
-        """Median of the update ratios, NaN without any."""
-        return median(self.update_ratio.values()) if self.update_ratio else math.nan
-
-    @property
-    def largest_ratio(self) -> float:
-        """Largest of the update ratios, NaN without any."""
-        return max(self.update_ratio.values(), default=math.nan)
-
-
-def movement(values: dict[str, list[float]], notes: dict[str, Any]) -> Movement | None:
-    """Sums the norms of `after_step` over layers.
-
-    Returns:
-        None for a step that mixed precision skipped: nothing moved, and a gradient was not finite.
-    """
-    before, update = values["before"], values["update"]
-    gradient = dict(zip(notes["graded"], values["gradient"], strict=True))
-    if not any(update) and not all(map(math.isfinite, gradient.values())):
-        return None
-    held = set(notes["held"])
-    result = Movement(total_gradient=_norm(gradient.values()))
-    for layer, indices in notes["layers"].items():
-        if not layer:  # parameters of the LightningModule itself: they count in the total only
-            continue
-        result.update_norm[layer] = _norm(update[i] for i in indices)
-        finite = [*(update[i] for i in indices), *(gradient.get(i, 0.0) for i in indices)]
-        if not all(map(math.isfinite, finite)):
-            result.broken.append(layer)
-    for layer, indices in notes["weights"].items():
-        if not layer:
-            continue
-        ratio = relative_norm(_norm(update[i] for i in indices), before_norm := _norm(before[i] for i in indices))
-        if before_norm != 0 or ratio == 0:
-            result.update_ratio[layer] = ratio
-        if held.intersection(indices):
-            result.gradient_norm[layer] = _norm(gradient.get(i, 0.0) for i in indices)
-    return result
-
-
-def _norm(parts: Iterable[float]) -> float:
-    return math.sqrt(sum(part * part for part in parts))

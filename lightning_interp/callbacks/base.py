@@ -29,15 +29,34 @@ _CLEANING = frozenset({"teardown", "on_exception"})
 # Hooks that run whatever the Trainer does; the others only during `fit`.
 _ALWAYS = _CLEANING | {"setup"}
 _HOOKS = frozenset(
-    {
-        "setup", "teardown", "on_exception", "on_fit_start", "on_fit_end",
-        "on_sanity_check_start", "on_sanity_check_end", "on_train_start", "on_train_end", "on_train_epoch_start", "on_train_epoch_end", "on_train_batch_start",
-        "on_train_batch_end", "on_validation_start", "on_validation_end", "on_validation_epoch_start",
-        "on_validation_epoch_end", "on_validation_batch_start", "on_validation_batch_end", "on_before_backward",
-        "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad", "on_save_checkpoint",
+    (
+        "setup",
+        "teardown",
+        "on_exception",
+        "on_fit_start",
+        "on_fit_end",
+        "on_sanity_check_start",
+        "on_sanity_check_end",
+        "on_train_start",
+        "on_train_end",
+        "on_train_epoch_start",
+        "on_train_epoch_end",
+        "on_train_batch_start",
+        "on_train_batch_end",
+        "on_validation_start",
+        "on_validation_end",
+        "on_validation_epoch_start",
+        "on_validation_epoch_end",
+        "on_validation_batch_start",
+        "on_validation_batch_end",
+        "on_before_backward",
+        "on_after_backward",
+        "on_before_optimizer_step",
+        "on_before_zero_grad",
+        "on_save_checkpoint",
         "on_load_checkpoint",
-    }
-)  # fmt: skip
+    )
+)
 
 
 def _guarded(hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,9 +3,9 @@
 | batch | images | labels |
 |---|---|---|
 | tensor | the tensor | none |
-| tuple or list | the first tensor | the second item, if it is a tensor |
-| dict or other mapping | `image`, `images`, `x`, `input`, `inputs`, `pixel_values` or `img` | `label`, `labels`, `y`, `target` or `targets` |
-| anything else | `interp_batch(batch)` of the LightningModule, which returns (images, labels) | |
+| tuple or list | the first item | the second item, if it is a tensor |
+| dict or other mapping | the first of `IMAGE_KEYS` that it has | the first of `LABEL_KEYS` |
+| anything else | what `interp_batch(batch)` of the LightningModule returns: (images, labels) | |
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 IMAGE_KEYS = ("image", "images", "x", "input", "inputs", "pixel_values", "img")
 LABEL_KEYS = ("label", "labels", "y", "target", "targets")
-SCORE_KEYS = ("logits", "scores", "out", "output", "outputs", "pred", "preds", "prediction", "predictions")
 
 
 class UnreadableError(ValueError):
@@ -52,7 +51,7 @@ def read_batch(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
         return batch[0], labels
     keys = f" with keys {list(batch)!r}" if isinstance(batch, Mapping) else ""
     raise UnreadableError(
-        f"Expected a batch with images (a tensor, (images, labels), or a dict with one of {', '.join(IMAGE_KEYS)}), but "
+        f"Expected a batch with images (a tensor, (images, labels), or a dict with {', '.join(IMAGE_KEYS)}), but "
         f"got {type(batch).__name__}{keys}. Give the LightningModule a method `interp_batch(batch)` that returns "
         "(images, labels)."
     )

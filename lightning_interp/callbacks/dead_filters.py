@@ -166,7 +166,7 @@ class DeadFilters(InterpCallback):
         if self._use_validation:
             self._open(trainer)
 
-    def on_validation_batch_end(  # noqa: PLR0913 - Lightning's signature
+    def on_validation_batch_end(  # noqa: PLR0913, PLR0917 - Lightning's signature
         self,
         trainer: Trainer,
         pl_module: LightningModule,
@@ -250,11 +250,13 @@ class DeadFilters(InterpCallback):
         """Tells the other ranks, where they would wait for this one, that it has failed."""
         if trainer.world_size == 1 or self._agreed_to_rest:
             return
-        closes = (
-            (hook == "on_train_batch_end" and not (self._first_done and self._use_validation) and self._train_window_ends(trainer))
-            or (hook == "on_validation_epoch_end" and self._use_validation)
-            or (hook in {"on_train_epoch_end", "on_train_end"} and not self._use_validation and self._epoch_window_open(trainer))
-        )  # fmt: skip
+        on_training = not (self._first_done and self._use_validation)
+        closes = {
+            "on_train_batch_end": on_training and self._train_window_ends(trainer),
+            "on_validation_epoch_end": self._use_validation,
+            "on_train_epoch_end": not self._use_validation and self._epoch_window_open(trainer),
+            "on_train_end": not self._use_validation and self._epoch_window_open(trainer),
+        }.get(hook, False)
         if closes:
             _ranks.agree(trainer, ready=False, size=0)
             self._agreed_to_rest = True

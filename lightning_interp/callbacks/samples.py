@@ -59,7 +59,7 @@ def _first_loader(loaders: Any) -> DataLoader[Any] | None:
 
 
 def _copy(dataset: Any) -> Any:
-    """A copy whose reading moves nothing of the original: everything is copied but tensors and arrays, which are large."""
+    """A copy whose reading moves nothing of the original; tensors and arrays, which are large, are shared."""
     memo: dict[int, Any] = {}
     _share(dataset, memo, depth=4)
     try:

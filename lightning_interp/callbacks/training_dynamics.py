@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import torch
@@ -14,11 +15,10 @@ from lightning_interp._options import check_at_least
 from lightning_interp.callbacks._backlog import Backlog, Item
 from lightning_interp.callbacks._lightning import LightningModule, Trainer, planned_steps
 from lightning_interp.callbacks._probe import SameBatchProbe, can_probe, image_statistics
-from lightning_interp.callbacks._updates import Movement, UpdateProbe, largest_rate, movement, parameter_layers
+from lightning_interp.callbacks._readings import Movement, agree, movement, same_batch
+from lightning_interp.callbacks._updates import UpdateProbe, largest_rate, parameter_layers
 from lightning_interp.callbacks.base import InterpCallback, OnError
 from lightning_interp.callbacks.session import Session
-from lightning_interp.functional.updates import step_ratio
-from lightning_interp.records import Scalar
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +26,8 @@ log = logging.getLogger(__name__)
 _FETCH_EARLY, _FETCH_LATE = 10, 50
 # Batches that a due step waits for the optimizers that have not stepped (several optimizers that take turns).
 _PATIENCE = 8
-# The loss found on the tape counts as the training loss within so much.
-_AGREEMENT = 1e-4
-# A predicted fall of less than so much of the loss drowns in the rounding of float32 losses.
-_RESOLUTION = 1e-5
+# Most values that wait, whatever the number of micro-batches in a step.
+_MOST_WAITING = 512
 _SHARDED = ("FSDP", "DeepSpeed", "ModelParallel")
 
 
@@ -61,8 +59,9 @@ class TrainingDynamics(InterpCallback):
 
     provides: ClassVar[tuple[str, ...]] = ("update_ratio", "gradient_norm", "step_ratio", "learning_rate", "cost")
     measures: ClassVar[tuple[str, ...]] = (
-        "loss", "loss_before", "loss_after", "step_ratio", "learning_rate", "gradient_norm", "update_norm", "update_ratio",
-        "num_classes", "planned_steps", "input_mean", "input_std", "non_finite_step", "trainable", "in_optimizer",
+        "loss", "loss_before", "loss_after", "step_ratio", "learning_rate", "gradient_norm", "update_norm",
+        "update_ratio", "num_classes", "planned_steps", "input_mean", "input_std", "non_finite_step", "trainable",
+        "in_optimizer",
     )  # fmt: skip
 
     def __init__(  # noqa: PLR0913 - options
@@ -98,6 +97,7 @@ class TrainingDynamics(InterpCallback):
     def _reset(self) -> None:
         self._backlog = Backlog()
         self._partial: list[float] = []
+        self._reported_at = -1
         self._median = math.nan
         self._images_seen = False
         self._sharded = False
@@ -115,8 +115,7 @@ class TrainingDynamics(InterpCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._reset()
-            if parameter_layers(pl_module):
-                self._chosen(list(parameter_layers(pl_module)))
+            self._check_layers(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes what is known before the first step; after a resume, goes on with what was not written yet."""
@@ -126,6 +125,8 @@ class TrainingDynamics(InterpCallback):
                 f"{type(trainer.strategy).__name__} splits the weights over processes: TrainingDynamics measures the "
                 "loss only. Train with DDP, or on one device, to see updates and gradients."
             )
+        self._check_layers(pl_module)
+        self._reported_at = self.step_of(trainer) - 1
         Session.of(trainer).history.note("planned_steps", planned_steps(trainer))
         self._report(trainer)
         self._publish(trainer)
@@ -222,9 +223,10 @@ class TrainingDynamics(InterpCallback):
         self._drop()
         if self._patience <= 0:
             self._waiting.clear()
-        every = _FETCH_EARLY if step < max(self.dense_steps, _FETCH_LATE) else _FETCH_LATE
-        if len(self._backlog) >= every * (2 if step < self.dense_steps else 1):
+        every = _FETCH_EARLY if step < self.dense_steps else _FETCH_LATE
+        if step - self._reported_at >= every or len(self._backlog) >= _MOST_WAITING:
             self._report(trainer)
+            self._reported_at = step
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor | None, batch: Any) -> None:
         probe, measured = self._same_batch, self._updates.after_step() if self._updates is not None else None
@@ -245,7 +247,8 @@ class TrainingDynamics(InterpCallback):
             notes["rate"] = self._rate
         if probe is not None and loss is not None:
             tensors |= {"returned": loss, **self._again(trainer, probe, loss, updates)}
-            notes["automatic"] = bool(pl_module.automatic_optimization)
+            # In manual optimisation another loss may go into backward than the one that is returned.
+            notes["exact"] = probe.exact and bool(pl_module.automatic_optimization)
             if probe.num_classes is not None:
                 notes["num_classes"], tensors["classified"] = probe.num_classes
         self._backlog.add("probe", self.step_of(trainer), tensors, **notes)
@@ -299,7 +302,7 @@ class TrainingDynamics(InterpCallback):
             return
         session, step = Session.of(trainer), item.step
         history = session.history
-        chosen = set(self._chosen(list(item.notes["trainable"])))
+        chosen = {layer for layer in item.notes["trainable"] if layer and self._wants(layer)}
         for fact in ("trainable", "in_optimizer"):
             for layer, value in item.notes[fact].items():
                 if layer in chosen:
@@ -328,25 +331,17 @@ class TrainingDynamics(InterpCallback):
 
     def _report_losses(self, trainer: Trainer, item: Item) -> None:
         """The same-batch losses, if the one that was followed is the one that was returned."""
-        history = Session.of(trainer).history
-        number = {name: values[0] for name, values in item.values.items() if len(values) == 1}
-        returned = number["returned"]
-        if "classified" in number and _agree(number["classified"], returned):
+        history, returned = Session.of(trainer).history, item.values["returned"][0]
+        if "classified" in item.values and agree(item.values["classified"][0], returned):
             history.note("num_classes", item.notes["num_classes"])
-        if "again" not in number:
+        losses = same_batch(item.values, exact=item.notes["exact"])
+        if losses is None:
+            log.debug("step %d: no loss function leads to the returned loss %g", item.step, returned)
             return
-        value, again = number["value"], number["again"]
-        # In automatic optimisation what goes into backward is the returned loss, scaled.
-        if not (number["exact"] and item.notes["automatic"]) and not _agree(value, returned):
-            log.debug("step %d: no loss function agrees with the returned loss %g", item.step, returned)
-            return
-        scale = returned / value if value else math.nan
-        fall = number["fall"] * (value / number["backward"] if number["backward"] else math.nan)
-        ratio = step_ratio(value, again, fall, resolution=_RESOLUTION)
-        history.record("loss_before", returned, step=item.step)
-        history.record("loss_after", again * scale, step=item.step)
-        if not math.isnan(ratio):
-            self.log_number(trainer, "step_ratio", ratio, step=item.step, note=True)
+        history.record("loss_before", losses.before, step=item.step)
+        history.record("loss_after", losses.after, step=item.step)
+        if not math.isnan(losses.ratio):
+            self.log_number(trainer, "step_ratio", losses.ratio, step=item.step, note=True)
 
     def _note_broken(self, trainer: Trainer, layer: str | None, step: int) -> None:
         history = Session.of(trainer).history
@@ -357,8 +352,13 @@ class TrainingDynamics(InterpCallback):
         if not self.quiet:
             self.publish(trainer, {self.tag("update_ratio_median"): self._median})
 
-    def _chosen(self, available: list[str]) -> list[str]:
-        return self.choose_layers([name for name in available if name])
+    def _check_layers(self, pl_module: LightningModule) -> None:
+        names = [name for name in parameter_layers(pl_module) if name]
+        if names:  # a model may also be made later, in `configure_model`
+            self.choose_layers(names)
+
+    def _wants(self, layer: str) -> bool:
+        return self.layers is None or any(fnmatchcase(layer, pattern) for pattern in self.layers)
 
     # ------------------------------------------------------------------ state
 
@@ -399,7 +399,3 @@ def _single(value: Any) -> Tensor | None:
     if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
         return value.detach().reshape(())
     return None
-
-
-def _agree(value: float, returned: float) -> bool:
-    return abs(value - returned) <= _AGREEMENT * abs(returned)

@@ -22,8 +22,8 @@ EXACT_ZERO = frozenset({"relu", "relu6", "hardsigmoid", "hardswish", "hardshrink
 
 NON_LINEARITIES = EXACT_ZERO | NON_NEGATIVE | frozenset({
     "hardtanh", "threshold", "clamp", "clamp_min", "clamp_max", "clip", "maximum", "minimum", "leaky_relu", "prelu",
-    "rrelu", "elu", "celu", "selu", "gelu", "silu", "mish", "tanh", "softsign", "tanhshrink", "logsigmoid", "pow", "sin",
-    "cos", "erf", "log1p", "sinc", "atan",
+    "rrelu", "elu", "celu", "selu", "gelu", "silu", "mish", "tanh", "softsign", "tanhshrink", "logsigmoid", "pow",
+    "sin", "cos", "erf", "log1p", "sinc", "atan",
 })  # fmt: skip
 """Element-wise non-linearities."""
 

@@ -23,7 +23,7 @@ update stands at step 0.
 | `num_classes` | no | known only if the loss is a cross-entropy: then ln(num_classes) is the loss of a guess |
 | `planned_steps` | no | steps that the run is going to take; infinity if unknown |
 | `input_mean`, `input_std` | no | of the images of the first training batch |
-| `non_finite_step` | both | first step at which the loss (no layer) or a gradient or weight of the layer was NaN or infinite |
+| `non_finite_step` | both | first step at which the loss (no layer), a gradient or a weight was NaN or infinite |
 | `trainable` | yes | 1 if a parameter of the layer has `requires_grad=True`, else 0 |
 | `in_optimizer` | yes | 1 if an optimizer holds a parameter of the layer, else 0 |
 | `num_filters` | yes | filters (units) of the layer |

@@ -84,7 +84,9 @@ def loader(num_batches=4):
     return DataLoader(TensorDataset(images, torch.randint(0, 2, (4 * num_batches,), generator=generator)), 4)
 
 
-def fit(model, callbacks, folder, *, ckpt_path=None, namespace="pytorch_lightning", num_batches=4, **options):
+def fit(
+    model, callbacks, folder, *, ckpt_path=None, namespace="pytorch_lightning", num_batches=4, ours="error", **options
+):
     """Trains on the CPU; what Lightning says about small runs is not ours."""
     options = {"max_epochs": 2, "logger": True, "enable_checkpointing": False, **options}
     trainer = importlib.import_module(namespace).Trainer(
@@ -100,7 +102,7 @@ def fit(model, callbacks, folder, *, ckpt_path=None, namespace="pytorch_lightnin
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"pytorch_lightning|lightning\.pytorch")
         warnings.filterwarnings("ignore", message=".*(LeafSpec|does not have many workers|litlogger).*")
-        warnings.filterwarnings("error", category=InterpWarning)
+        warnings.filterwarnings(ours, category=InterpWarning)
         trainer.fit(model, loader(num_batches), ckpt_path=ckpt_path)
     return trainer
 
@@ -248,21 +250,9 @@ def test_filter_grid_training_is_bit_identical_with_and_without(wrap, tmp_path):
 def test_filter_grid_no_convolution_warns_once_and_rests(tmp_path):
     """Nothing is logged."""
     with pytest.warns(InterpWarning, match="nothing to show: Linear has no convolution") as caught:
-        trainer = fit_allowing_ours(Linear(), [FilterGrid(on_error="raise")], tmp_path)
+        trainer = fit(Linear(), [FilterGrid(on_error="raise")], tmp_path, ours="always")
     assert len([w for w in caught if w.category is InterpWarning]) == 1
     assert not [tag for tag in log_of(trainer).scalars if tag.startswith("interp.filter")]
-
-
-def fit_allowing_ours(*args, **options):
-    """As `fit`, with our warnings as warnings."""
-    original = warnings.filterwarnings
-    try:
-        warnings.filterwarnings = lambda action, *rest, **more: original(
-            "always" if more.get("category") is InterpWarning else action, *rest, **more
-        )
-        return fit(*args, **options)
-    finally:
-        warnings.filterwarnings = original
 
 
 def test_filter_grid_not_finite_weights_are_shown_and_do_not_stop_training(tmp_path):
@@ -296,23 +286,19 @@ def test_filter_grid_without_a_log_does_nothing_wrong(namespace, options, tmp_pa
 # ---------------------------------------------------------------------- resume
 
 
-def resumed(folder, *, before=None, **options):
-    """Trains one epoch, saves, lets `before` happen, and goes on for one more in another process's stead."""
-    model, recorder = seeded(), Recorder()
-    trainer = fit(model, [FilterGrid(on_error="raise"), recorder], folder / "a", max_epochs=1)
+def interrupted(folder):
+    """Trains one epoch and saves; the path of the checkpoint."""
+    trainer = fit(seeded(), [FilterGrid(on_error="raise")], folder / "a", max_epochs=1)
     trainer.save_checkpoint(folder / "last.ckpt")
-    if before:
-        before(folder)
-    callback = FilterGrid(on_error="raise", **options)
-    again = fit(Net(), [callback], folder / "b", ckpt_path=folder / "last.ckpt")
-    return recorder.weights, again
+    return folder / "last.ckpt"
 
 
 @pytest.mark.parametrize("limit", [1_000_000, 10], ids=["in the checkpoint", "in a file"])
 def test_filter_grid_resume_goes_on_from_the_first_start(limit, tmp_path, monkeypatch):
     """The movement equals that of the run that was not interrupted; the start is not drawn again."""
     monkeypatch.setattr(_start, "IN_CHECKPOINT", limit)
-    _, again = resumed(tmp_path)
+    path = interrupted(tmp_path)
+    again = fit(Net(), [FilterGrid(on_error="raise")], tmp_path / "b", ckpt_path=path)
     whole = log_of(fit(seeded(), [FilterGrid(on_error="raise")], tmp_path / "whole"))
     log = log_of(again)
     for tag in sorted(TAGS - {"interp.filters/00_first", "interp.filters/01_second"}):
@@ -340,15 +326,10 @@ def tamper(folder):
 def test_filter_grid_lost_file_is_said_once_and_movement_is_relative_to_the_resume(before, what, tmp_path, monkeypatch):
     """Training goes on."""
     monkeypatch.setattr(_start, "IN_CHECKPOINT", 10)
-    monkeypatch.setattr("tests.callbacks.test_filter_grid.fit", fit, raising=False)
-    model, recorder = seeded(), Recorder()
-    trainer = fit(model, [FilterGrid(on_error="raise")], tmp_path / "a", max_epochs=1)
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    path, recorder = interrupted(tmp_path), Recorder()
     before(tmp_path)
     with pytest.warns(InterpWarning, match=f"{what}.*relative to the weights at step 4") as caught:
-        again = fit_allowing_ours(
-            Net(), [FilterGrid(on_error="raise"), recorder], tmp_path / "b", ckpt_path=tmp_path / "last.ckpt"
-        )
+        again = fit(Net(), [FilterGrid(on_error="raise"), recorder], tmp_path / "b", ckpt_path=path, ours="always")
     assert len([w for w in caught if w.category is InterpWarning]) == 1
     expected = filter_movement(recorder.weights[7]["first.weight"], recorder.weights[-1]["first.weight"])
     assert log_of(again).values("interp.filter_movement/00_first") == [pytest.approx(expected, rel=1e-6)]
@@ -359,8 +340,8 @@ def test_filter_grid_added_at_a_resume_says_that_it_has_no_start(tmp_path):
     trainer = fit(seeded(), [], tmp_path / "a", max_epochs=1)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     with pytest.warns(InterpWarning, match="does not hold it for 'first', 'second'"):
-        again = fit_allowing_ours(
-            Net(), [FilterGrid(on_error="raise")], tmp_path / "b", ckpt_path=tmp_path / "last.ckpt"
+        again = fit(
+            Net(), [FilterGrid(on_error="raise")], tmp_path / "b", ckpt_path=tmp_path / "last.ckpt", ours="always"
         )
     assert log_of(again).steps("interp/filter_movement_max") == [7]
 
@@ -430,7 +411,7 @@ def test_filter_grid_wrong_arguments_are_refused_at_once(options, message):
 
 def test_filter_grid_unknown_layer_is_refused_in_setup_with_a_suggestion(tmp_path):
     """A linear layer is none either."""
-    with pytest.raises(ArgumentError, match="No layer matches 'frist'.*'first', 'second'.*Did you mean 'first'"):
+    with pytest.raises(ArgumentError, match=r"No layer matches 'frist'.*'first', 'second'.*Did you mean 'first'"):
         fit(seeded(), [FilterGrid(layers=["frist"])], tmp_path)
 
 
