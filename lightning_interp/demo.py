@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_interp.alert_log import read_alerts
+from lightning_interp.alert_log import FILE_NAME, read_alerts
 from lightning_interp.alert_table import alert_table
 from lightning_interp.callbacks.interp import Interp
 from lightning_interp.errors import InterpWarning
@@ -190,8 +190,10 @@ def train_run(  # noqa: PLR0913 - a script's plumbing
             DataLoader(train, batch_size=BATCH_SIZE, shuffle=True, generator=order),
             DataLoader(validation, batch_size=len(validation)),
         )
-    (log,) = read_alerts(out / run.name)
-    return Outcome(run.name, float(trainer.callback_metrics["val_accuracy"]), log.latest)
+    logs = read_alerts(out / run.name)
+    if not logs:
+        raise DemoError(f"the run {run.name!r} wrote no {FILE_NAME}")
+    return Outcome(run.name, float(trainer.callback_metrics["val_accuracy"]), logs[0].latest)
 
 
 def load_digits() -> tuple[TensorDataset, TensorDataset]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from lightning_interp.rules.alert import Alert
 
 LISTED = 8  # layers named in one line
+COLUMNS = ("step", "severity", "rule", "layer", "status", "what was seen", "cause", "advice")
 TOGETHER = 3  # alerts of one rule and severity that get a line each; more share one
 
 
@@ -54,7 +55,7 @@ def _shared_line(group: Sequence[Alert]) -> str:
 
 
 def table(alerts: Iterable[Alert], *, active: Iterable[Alert] = ()) -> str:
-    """A Markdown table, one row an alert.
+    r"""A Markdown table, one row an alert.
 
     Args:
         alerts: In the order of the rows.
@@ -64,10 +65,9 @@ def table(alerts: Iterable[Alert], *, active: Iterable[Alert] = ()) -> str:
         >>> print(table([Alert(rule="dead_filters", severity="info", layer="a|b", step=9, message="Dead.")]))
         <BLANKLINE>
         | step | severity | rule | layer | status | what was seen | cause | advice |
-        |---|---|---|---|---|---|---|---|
-        | 9 | info | dead_filters | a\\|b | raised | Dead. |  |  |
+        | --- | --- | --- | --- | --- | --- | --- | --- |
+        | 9 | info | dead_filters | a\|b | raised | Dead. |  |  |
     """
-    names = ["step", "severity", "rule", "layer", "status", "what was seen", "cause", "advice"]
     up = list(active)
     rows = [
         [
@@ -82,14 +82,12 @@ def table(alerts: Iterable[Alert], *, active: Iterable[Alert] = ()) -> str:
         ]
         for alert in alerts
     ]
-    lines = [names, ["---"] * len(names)] if not rows else [names, ["---"] * len(names), *rows]
-    head, rule, *body = lines
-    text = [_row(head, escape=False), "|" + "|".join(rule) + "|", *(_row(cells, escape=True) for cells in body)]
-    return "\n" + "\n".join(text)  # Markdown wants a blank line before a table
+    # Markdown wants a blank line before a table.
+    return "\n".join(["", _row(COLUMNS), _row(["---"] * len(COLUMNS)), *(_row(map(escaped, row)) for row in rows)])
 
 
-def _row(cells: Sequence[str], *, escape: bool) -> str:
-    return "| " + " | ".join(escaped(cell) if escape else cell for cell in cells) + " |"
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def escaped(text: str) -> str:

@@ -25,6 +25,11 @@ def measures(callback: Any) -> frozenset[str]:
     return frozenset(getattr(callback, "measures", ()))
 
 
+def callbacks_of(trainer: Any) -> list[Any]:
+    """The callbacks that the Trainer knows."""
+    return list(trainer.callbacks)
+
+
 def bring_missing(needs: Collection[str], present: Iterable[Any], *, on_error: OnError) -> list[InterpCallback]:
     """Quiet callbacks for what nobody measures yet.
 

@@ -25,7 +25,7 @@ def check_urls(urls: Sequence[str]) -> None:
         import apprise
     except ImportError:
         raise ArgumentError(
-            "Argument `notify` needs the package apprise, which is not installed: pip install apprise"
+            "Argument `notify` needs apprise, which is not installed: pip install 'lightning-interp[notify]'"
         ) from None
     for url in urls:
         if apprise.Apprise.instantiate(url, suppress_exceptions=True) is None:

@@ -46,13 +46,15 @@ class SameBatchProbe:
     Args:
         model: The LightningModule.
         parameters: Whose gradients count for the predicted fall.
+        want_images: Whether to measure the first images.
 
     Attributes:
         images: Mean and standard deviation of the first images that a module of the model was called with, or None.
     """
 
-    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter], *, want_images: bool = False) -> None:
         self.images: tuple[Tensor, Tensor] | None = None
+        self._want_images = want_images
         self._model = model
         self._parameters = [p for p in parameters if p.requires_grad and p.is_leaf]
         self._tape = Tape(next((p.device for p in parameters), torch.device("cpu")))
@@ -103,7 +105,7 @@ class SameBatchProbe:
         self._own.append(own)
         if not own:
             return
-        if self.images is None and module.training and not in_backward():
+        if self._want_images and self.images is None and module.training and not in_backward():
             self.images = self._tape.guarded(lambda: image_statistics((args, kwargs)))
         self._tape.begin(module, args, kwargs, record=module.training is self._modes.get(module))
 
@@ -156,6 +158,18 @@ class SameBatchProbe:
     def exact(self) -> bool:
         """Whether the loss that is followed is the very tensor that went into backward."""
         return self._exact is not None
+
+    @property
+    def resolution(self) -> float:
+        """Smallest predicted fall, as a fraction of the loss, that does not drown in rounding.
+
+        Measured on a small CNN, it leaves an error of about 0.05 in the step ratio: sixteen units in the last place
+        of the loss itself, and, where autocast rounds the activations (the errors of a batch average out), a
+        sixteenth of one in theirs.
+        """
+        loss = torch.float32 if self._loss is None else self._loss.dtype
+        rounded = [entry.autocast[1] for entry in self._tape.entries if entry.autocast and entry.autocast[0]]
+        return max([16 * torch.finfo(loss).eps, *(torch.finfo(dtype).eps / 16 for dtype in rounded)])
 
     @property
     def num_classes(self) -> tuple[int, Tensor] | None:

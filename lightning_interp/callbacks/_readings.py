@@ -12,8 +12,6 @@ from lightning_interp.functional.updates import relative_norm, step_ratio
 
 # The loss that was followed counts as the training loss within so much.
 AGREEMENT = 1e-4
-# A predicted fall of less than so much of the loss drowns in the rounding of float32.
-RESOLUTION = 1e-5
 
 
 @dataclass
@@ -95,13 +93,14 @@ class SameBatch:
     ratio: float
 
 
-def same_batch(values: dict[str, list[float]], *, exact: bool) -> SameBatch | None:
+def same_batch(values: dict[str, list[float]], *, exact: bool, resolution: float) -> SameBatch | None:
     """The two losses in the unit of the returned one.
 
     Args:
-        values: Single numbers: `returned`; `value` and `again`, the loss that was followed, before and after; `backward`,
-            what gradients were taken of; `fall`, -g . Delta in its scale.
+        values: Single numbers: `returned`; `value` and `again`, the loss that was followed, before and after;
+            `backward`, what gradients were taken of; `fall`, -g . Delta in its scale.
         exact: Whether `value` is known to be the returned loss up to a factor (gradient scaler, accumulation).
+        resolution: Smallest predicted fall, as a fraction of the loss, that does not drown in rounding.
 
     Returns:
         None if there was no loss to follow, or it is not the one that was returned.
@@ -114,7 +113,7 @@ def same_batch(values: dict[str, list[float]], *, exact: bool) -> SameBatch | No
     backward = values["backward"][0]
     fall = values["fall"][0] * (value / backward if backward else math.nan)
     after = again * (returned / value) if value else math.nan
-    return SameBatch(returned, after, step_ratio(value, again, fall, resolution=RESOLUTION))
+    return SameBatch(returned, after, step_ratio(value, again, fall, resolution=resolution))
 
 
 def agree(value: float, returned: float) -> bool:

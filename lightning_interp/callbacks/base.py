@@ -28,6 +28,7 @@ OnError = Literal["warn", "raise"]
 _CLEANING = frozenset({"teardown", "on_exception"})
 # Hooks that run whatever the Trainer does; the others only during `fit`.
 _ALWAYS = _CLEANING | {"setup"}
+_STATE = frozenset({"state_dict", "load_state_dict"})
 _HOOKS = frozenset(
     (
         "setup",
@@ -89,6 +90,20 @@ def _guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
+def _guarded_state(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps `state_dict` and `load_state_dict`: a checkpoint must be written and read whatever happens to us."""
+
+    @functools.wraps(method)
+    def guarded(self: InterpCallback, *args: Any) -> Any:
+        try:
+            return method(self, *args)
+        except Exception as error:
+            self._rest(error, method.__name__)
+            return {}
+
+    return guarded
+
+
 class InterpCallback(CallbackBase):
     """Common to all callbacks; not for use by itself.
 
@@ -102,6 +117,8 @@ class InterpCallback(CallbackBase):
         super().__init_subclass__(**kwargs)
         for name in _HOOKS & vars(cls).keys():
             setattr(cls, name, _guarded(vars(cls)[name]))
+        for name in _STATE & vars(cls).keys():
+            setattr(cls, name, _guarded_state(vars(cls)[name]))
 
     def __init__(  # noqa: PLR0913 - the common options of all callbacks, passed on by name
         self,

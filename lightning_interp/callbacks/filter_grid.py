@@ -54,7 +54,7 @@ class FilterGrid(InterpCallback):
     """
 
     measures: ClassVar[tuple[str, ...]] = ("filter_smoothness", "filter_entropy", "filter_movement")
-    provides: ClassVar[tuple[str, ...]] = ("filters", *measures)
+    provides: ClassVar[tuple[str, ...]] = ("filters", *measures, "cost")
 
     def __init__(  # noqa: PLR0913 - options
         self,

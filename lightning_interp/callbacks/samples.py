@@ -45,7 +45,7 @@ def fixed_samples(trainer: Any, model: nn.Module, count: int) -> tuple[Tensor, T
         collate = getattr(loader, "collate_fn", None) or default_collate
         batch = collate(items)
     with undisturbed(model, training=None):
-        images, labels = read_batch(model, trainer.strategy.batch_to_device(batch))
+        images, labels = read_batch(model, trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch)))
         return images.detach().clone(), None if labels is None else labels.detach().clone()
 
 

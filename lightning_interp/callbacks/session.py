@@ -7,6 +7,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_interp import sinks
 from lightning_interp.callbacks._lightning import log_directory
@@ -89,9 +90,11 @@ class Session:
 
 def layer_depths(model: nn.Module) -> dict[str, int]:
     """Numbers the modules that own a weight of two or more axes (convolutions, linear layers), from 0."""
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, OWNERS) or getattr(getattr(module, "weight", None), "ndim", 0) >= 2
-    ]
+    names = [name for name, module in model.named_modules() if isinstance(module, OWNERS) or _has_matrix(module)]
     return {name: depth for depth, name in enumerate(names)}
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    """Looks into the table of parameters: reading `module.weight` of a parametrised module may compute, and change, it."""
+    weight = module._parameters.get("weight")
+    return weight is not None and not isinstance(weight, UninitializedParameter) and weight.ndim > 1

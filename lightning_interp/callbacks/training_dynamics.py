@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from lightning_interp._options import check_at_least
 from lightning_interp.callbacks._backlog import Backlog, Item
 from lightning_interp.callbacks._lightning import LightningModule, Trainer, planned_steps
-from lightning_interp.callbacks._probe import SameBatchProbe, can_probe, image_statistics
+from lightning_interp.callbacks._prober import Prober, accumulates, is_sharded, single_loss
 from lightning_interp.callbacks._readings import Movement, agree, movement, same_batch
-from lightning_interp.callbacks._updates import UpdateProbe, largest_rate, parameter_layers
+from lightning_interp.callbacks._updates import parameter_layers
 from lightning_interp.callbacks.base import InterpCallback, OnError
 from lightning_interp.callbacks.session import Session
 
@@ -24,11 +23,8 @@ log = logging.getLogger(__name__)
 
 # Values are fetched from the device so often, in steps: early, where rules must be quick, and later.
 _FETCH_EARLY, _FETCH_LATE = 10, 50
-# Batches that a due step waits for the optimizers that have not stepped (several optimizers that take turns).
-_PATIENCE = 8
 # Most values that wait, whatever the number of micro-batches in a step.
 _MOST_WAITING = 512
-_SHARDED = ("FSDP", "DeepSpeed", "ModelParallel")
 
 
 class TrainingDynamics(InterpCallback):
@@ -41,14 +37,13 @@ class TrainingDynamics(InterpCallback):
     leaves no trace; `training_step` is never called again.
 
     Every step is probed at the start, where a too-high learning rate does its damage, then every n-th one. The loss
-    of every step is kept for the rules.
+    of every step is kept for the rules. Steps that the gradient scaler skips are left out.
 
-    The step ratio needs a loss function of `torch.nn.functional` (cross-entropy, NLL, BCE, MSE, L1, smooth L1, Huber,
-    KL) behind the LightningModule or its parts, one backward a batch, and a loss that `training_step` returns. Sums
-    and multiples of such losses (mixed targets, auxiliary heads) are followed. With gradient accumulation and under
-    DDP it holds for the last micro-batch of this process, with the gradient of that alone. Where it can't be known
-    exactly, there is none: compiled models, SyncBatchNorm over several processes, attention in eval mode. With FSDP
-    and DeepSpeed only loss and learning rate are measured. Steps that the gradient scaler skips are left out.
+    The step ratio needs a loss of `torch.nn.functional` (cross-entropy, NLL, BCE, MSE, L1, smooth L1, Huber, KL)
+    behind the LightningModule or its parts, or sums and multiples of such (mixed targets), returned by
+    `training_step`, and one backward a batch. With accumulation and under DDP it holds for the last micro-batch of
+    this process, with the gradient of that alone. Where it can't be exact there is none: compiled models, SyncBatchNorm
+    over several processes, attention in eval mode. With FSDP and DeepSpeed only the loss is measured.
 
     Logs: `interp.update_ratio/<layer>`, `interp.gradient_norm/<layer>` (both of the weights of two or more axes; the
     gradient before clipping), `interp/update_ratio_median`, `interp/update_ratio_max`, `interp/gradient_norm` (all
@@ -96,17 +91,11 @@ class TrainingDynamics(InterpCallback):
 
     def _reset(self) -> None:
         self._backlog = Backlog()
+        self._prober = Prober(self._backlog, strict=self.on_error == "raise")
         self._partial: list[float] = []
-        self._reported_at = -1
+        self._partial_step = -1
         self._median = math.nan
-        self._images_seen = False
-        self._sharded = False
-        self._can_replay = True
-        self._waiting: set[int] = set()
-        self._patience = 0
-        self._updates: UpdateProbe | None = None
-        self._same_batch: SameBatchProbe | None = None
-        self._rate: float | Tensor = math.nan
+        self._reported_at = -1
 
     # ------------------------------------------------------------------ life
 
@@ -119,12 +108,8 @@ class TrainingDynamics(InterpCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes what is known before the first step; after a resume, goes on with what was not written yet."""
-        self._sharded = any(word in type(trainer.strategy).__name__ for word in _SHARDED)
-        if self._sharded:
-            self.say_once(
-                f"{type(trainer.strategy).__name__} splits the weights over processes: TrainingDynamics measures the "
-                "loss only. Train with DDP, or on one device, to see updates and gradients."
-            )
+        if is_sharded(trainer):
+            self.say_once("The weights are split over processes: TrainingDynamics measures only the loss there.")
         self._check_layers(pl_module)
         self._reported_at = self.step_of(trainer) - 1
         Session.of(trainer).history.note("planned_steps", planned_steps(trainer))
@@ -137,14 +122,14 @@ class TrainingDynamics(InterpCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes what waits."""
-        self._drop()
+        self._prober.drop()
         self._report(trainer)
         self._publish(trainer)
         self.log_cost(trainer, step=self.step_of(trainer) - 1)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes what waits, for rules that look at the end of a validation."""
-        self._drop()
+        self._prober.drop()
         self._report(trainer)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -154,122 +139,56 @@ class TrainingDynamics(InterpCallback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Takes everything off the model, and writes what waits: the last losses before a crash matter most."""
         try:
-            self._drop()
-            self._report(trainer)
-            self.flush(trainer)
+            self._prober.drop()
+            if len(self._backlog):
+                self._report(trainer)
+                self.flush(trainer)
         finally:
             super().on_exception(trainer, pl_module, exception)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes everything off the model."""
-        self._drop()
+        self._prober.drop()
         super().teardown(trainer, pl_module, stage)
 
     def release(self) -> None:
         """Takes everything off the model."""
-        self._drop()
-
-    def _drop(self) -> None:
-        probe, self._same_batch, self._updates = self._same_batch, None, None
-        if probe is not None:
-            probe.detach()
+        self._prober.drop()
 
     # ------------------------------------------------------------------ one batch
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Arms the probes on batches that are due and end in an optimizer step."""
-        self._drop()  # a batch that the user's hook skipped has no end
         step = self.step_of(trainer)
-        if step < max(1, self.dense_steps) or self.step_due(trainer, step):
-            self._waiting = {id(optimizer) for optimizer in trainer.optimizers}
-            self._patience = _PATIENCE
-        if not self._waiting or self._sharded or _accumulates(trainer):
-            return
-        self._patience -= 1
-        self._updates = UpdateProbe(pl_module, trainer.optimizers)
-        if self._can_replay and can_probe(pl_module, trainer.world_size):
-            self._same_batch = SameBatchProbe(pl_module, self._updates.parameters)
-            self._same_batch.attach()
+        self._prober.start(trainer, pl_module, due=step < max(1, self.dense_steps) or self.step_due(trainer, step))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """The forward is over."""
-        if self._same_batch is not None:
-            self._same_batch.before_backward(loss)
+        self._prober.before_backward(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The gradients are there."""
-        if self._same_batch is not None:
-            self._same_batch.after_backward()
+        self._prober.after_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Keeps the weights; the gradients are unscaled and not clipped yet."""
-        if self._updates is None or id(optimizer) not in self._waiting:
-            return
-        self._rate = largest_rate(trainer.optimizers)
-        if self._updates.before_step(optimizer, _gradient_scale(trainer, optimizer)):
-            self._waiting.discard(id(optimizer))
+        self._prober.before_step(trainer, optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keeps the loss, and finishes the probes."""
-        step, ends = self.step_of(trainer), not _accumulates(trainer)
+        step, loss = self.step_of(trainer), single_loss(outputs)
         scale = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-        loss = _single(outputs.get("loss") if isinstance(outputs, dict) else outputs)
         if loss is not None:
-            self._backlog.add("loss", step, {"loss": loss}, scale=scale, ends=ends)
-        if self._updates is not None and (loss is not None or not pl_module.automatic_optimization):
-            self._finish(trainer, pl_module, None if loss is None else loss * scale, batch)
-        self._drop()
-        if self._patience <= 0:
-            self._waiting.clear()
+            self._backlog.add("loss", step, {"loss": loss}, scale=scale, ends=not accumulates(trainer))
+        self._prober.finish(trainer, pl_module, None if loss is None else (loss, scale), batch)
+        if self._prober.problem:
+            self.say_once(self._prober.problem)
         every = _FETCH_EARLY if step < self.dense_steps else _FETCH_LATE
         if step - self._reported_at >= every or len(self._backlog) >= _MOST_WAITING:
             self._report(trainer)
             self._reported_at = step
-
-    def _finish(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor | None, batch: Any) -> None:
-        probe, measured = self._same_batch, self._updates.after_step() if self._updates is not None else None
-        if probe is not None:
-            probe.detach()
-        if not self._images_seen:
-            self._images_seen = True
-            images = probe.images if probe is not None else image_statistics(batch)
-            if images is not None:
-                self._backlog.add("images", self.step_of(trainer), {"mean": images[0], "std": images[1]})
-        if measured is None or self._updates is None:
-            return
-        tensors, notes, updates = measured
-        notes |= {"trainable": self._updates.trainable, "in_optimizer": self._updates.in_optimizer}
-        if isinstance(self._rate, Tensor):
-            tensors["rate"] = self._rate
-        else:
-            notes["rate"] = self._rate
-        if probe is not None and loss is not None:
-            tensors |= {"returned": loss, **self._again(trainer, probe, loss, updates)}
-            # In manual optimisation another loss may go into backward than the one that is returned.
-            notes["exact"] = probe.exact and bool(pl_module.automatic_optimization)
-            if probe.num_classes is not None:
-                notes["num_classes"], tensors["classified"] = probe.num_classes
-        self._backlog.add("probe", self.step_of(trainer), tensors, **notes)
-
-    def _again(
-        self, trainer: Trainer, probe: SameBatchProbe, loss: Tensor, updates: dict[int, Tensor]
-    ) -> dict[str, Tensor]:
-        """The loss after the update; a model that can't be followed costs the step ratio, not the callback."""
-        try:
-            if probe.error is not None:
-                raise probe.error
-            return probe.measure(loss, updates, trainer.precision_plugin.forward_context())
-        except Exception as error:
-            if self.on_error == "raise":
-                raise
-            self._can_replay = False
-            self.say_once(
-                f"TrainingDynamics can't compute the loss of a batch a second time ({type(error).__name__}: {error}). "
-                "There is no step ratio for this run; everything else is measured."
-            )
-            return {}
 
     # ------------------------------------------------------------------ output
 
@@ -286,42 +205,43 @@ class TrainingDynamics(InterpCallback):
                 self._report_probe(trainer, item)
 
     def _report_loss(self, trainer: Trainer, item: Item) -> None:
-        """The loss of a step is the mean over its micro-batches."""
+        """The loss of a step is the mean over those of its micro-batches that returned one."""
+        if self._partial and self._partial_step != item.step:
+            self._close_step(trainer)
+        self._partial_step = item.step
         self._partial.append(item.values["loss"][0] * item.notes["scale"])
-        if not item.notes["ends"]:
-            return
-        loss = sum(self._partial) / len(self._partial)
-        self._partial = []
-        Session.of(trainer).history.record("loss", loss, step=item.step)
+        if item.notes["ends"]:
+            self._close_step(trainer)
+
+    def _close_step(self, trainer: Trainer) -> None:
+        loss, self._partial = sum(self._partial) / len(self._partial), []
+        Session.of(trainer).history.record("loss", loss, step=self._partial_step)
         if not math.isfinite(loss):
-            self._note_broken(trainer, None, item.step)
+            self._note_broken(trainer, None, self._partial_step)
 
     def _report_probe(self, trainer: Trainer, item: Item) -> None:
         moved = movement(item.values, item.notes)
         if moved is None:
             return
-        session, step = Session.of(trainer), item.step
-        history = session.history
-        chosen = {layer for layer in item.notes["trainable"] if layer and self._wants(layer)}
-        for fact in ("trainable", "in_optimizer"):
-            for layer, value in item.notes[fact].items():
-                if layer in chosen:
-                    history.note(fact, value, layer=layer)
+        history, step = Session.of(trainer).history, item.step
+        chosen = [layer for layer in item.notes["trainable"] if layer and self._wants(layer)]
+        for layer in chosen:
+            history.note("trainable", item.notes["trainable"][layer], layer=layer)
+            history.note("in_optimizer", item.notes["in_optimizer"][layer], layer=layer)
+            if layer in moved.update_norm:
+                history.record("update_norm", moved.update_norm[layer], step=step, layer=layer)
         for layer in moved.broken:
             self._note_broken(trainer, layer, step)
-        for layer, norm in moved.update_norm.items():
-            if layer in chosen:
-                history.record("update_norm", norm, step=step, layer=layer)
         self._log_movement(trainer, moved, chosen, step)
         rate = item.values["rate"][0] if "rate" in item.values else item.notes["rate"]
         self.log_number(trainer, "learning_rate", rate, step=step, note=True)
         if "returned" in item.values:
             self._report_losses(trainer, item)
 
-    def _log_movement(self, trainer: Trainer, moved: Movement, chosen: set[str], step: int) -> None:
+    def _log_movement(self, trainer: Trainer, moved: Movement, chosen: list[str], step: int) -> None:
         for quantity in ("update_ratio", "gradient_norm"):
-            values = {layer: value for layer, value in getattr(moved, quantity).items() if layer in chosen}
-            self.log_layers(trainer, quantity, values, step=step)
+            own = {layer: value for layer, value in getattr(moved, quantity).items() if layer in chosen}
+            self.log_layers(trainer, quantity, own, step=step)
         self.log_number(trainer, "gradient_norm", moved.total_gradient, step=step, note=True)
         if moved.update_ratio:
             self._median = moved.median_ratio
@@ -334,7 +254,7 @@ class TrainingDynamics(InterpCallback):
         history, returned = Session.of(trainer).history, item.values["returned"][0]
         if "classified" in item.values and agree(item.values["classified"][0], returned):
             history.note("num_classes", item.notes["num_classes"])
-        losses = same_batch(item.values, exact=item.notes["exact"])
+        losses = same_batch(item.values, exact=item.notes["exact"], resolution=item.notes["resolution"])
         if losses is None:
             log.debug("step %d: no loss function leads to the returned loss %g", item.step, returned)
             return
@@ -367,35 +287,14 @@ class TrainingDynamics(InterpCallback):
         return {
             "version": 1,
             "backlog": self._backlog.state_dict(),
-            "partial": list(self._partial),
+            "partial": [self._partial_step, *self._partial],
             "median": self._median,
-            "images_seen": self._images_seen,
+            "images_seen": self._prober.images_seen,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
         self._backlog.load_state_dict(state_dict["backlog"])
-        self._partial = list(state_dict["partial"])
+        self._partial_step, *self._partial = state_dict["partial"]
         self._median = state_dict["median"]
-        self._images_seen = state_dict["images_seen"]
-
-
-def _accumulates(trainer: Any) -> bool:
-    """Whether the current batch ends without an optimizer step; the same on all ranks."""
-    return bool(trainer.fit_loop._should_accumulate())
-
-
-def _gradient_scale(trainer: Any, optimizer: Any) -> float:
-    """What the gradients are still multiplied with: fused optimizers unscale them inside their step."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-    return float(scaler.get_scale()) if fused and scaler is not None else 1.0
-
-
-def _single(value: Any) -> Tensor | None:
-    """A loss as a 0-d tensor, None if it is not one number."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return torch.tensor(float(value))
-    if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
-        return value.detach().reshape(())
-    return None
+        self._prober.images_seen = state_dict["images_seen"]

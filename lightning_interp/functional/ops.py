@@ -36,10 +36,13 @@ KEEP = frozenset({
     "adaptive_max_pool3d", "adaptive_max_pool1d_with_indices", "adaptive_max_pool2d_with_indices",
     "adaptive_max_pool3d_with_indices", "fractional_max_pool2d", "fractional_max_pool3d",
     "fractional_max_pool2d_with_indices", "fractional_max_pool3d_with_indices",
-    "pad", "constant_pad_nd", "interpolate", "upsample", "contiguous", "clone", "detach", "to", "float", "half",
+    "pad", "constant_pad_nd", "interpolate", "upsample", "contiguous", "clone", "to", "float", "half",
     "bfloat16", "double", "type", "type_as", "cuda", "cpu", "neg", "negative",
 })  # fmt: skip
 """Normalisation, pooling, dropout, padding, resizing, copies: the channel axis stays where it is."""
+
+OVERHEARD = frozenset({"get", "detach", "numpy", "register_hook", "retain_grad", "requires_grad"})
+"""Reads that are no part of the network: attributes, copies for a log."""
 
 RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"})
 POOLING_REDUCTIONS = frozenset({"mean", "amax", "sum"})

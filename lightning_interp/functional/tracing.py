@@ -62,6 +62,7 @@ class ActivationTracer(TorchFunctionMode):
         self._follow = follow
         self._strands: dict[int, tuple[weakref.ref[Tensor], tuple[Strand, ...]]] = {}
         self._unread: set[int] = set()
+        self._ended: set[str] = set()
         self._handles: list[RemovableHandle] = []
         self._last_layer = ""
         self._inside = 0
@@ -145,7 +146,7 @@ class ActivationTracer(TorchFunctionMode):
         if self._inside or self.error or not self._strands or not args:
             return func(*args, **kwargs)
         name = ops.base_name(func)
-        if name == "get" or in_backward():
+        if name in ops.OVERHEARD or in_backward():
             return func(*args, **kwargs)
         followed = [tensor for tensor in _tensors(args) if self._of(tensor)]
         if not followed:
@@ -284,11 +285,17 @@ class ActivationTracer(TorchFunctionMode):
             self._read(tensor)
 
     def _finish(self) -> None:
-        waiting = [self._strands[key][0]() for key in self._unread if key in self._strands]
-        self._end(*(tensor for tensor in waiting if tensor is not None))
+        """The outputs of the last layers, which nothing reads; not the copies that somebody's hook keeps."""
+        waiting = [self._strands[key] for key in self._unread if key in self._strands]
+        ended = set(self._ended)
+        for reference, strands in waiting:
+            tensor = reference()
+            if tensor is not None and not any(strand.unit in ended for strand in strands):
+                self._end(tensor)
 
     def _hand_over(self, strand: Strand, activation: str | None, tensor: Tensor) -> None:
         if strand.unit is not None and strand.layout.fits(tensor.shape) and tensor.numel():
+            self._ended.add(strand.unit)
             with torch.no_grad():
                 self._reader(End(strand.unit, activation, tensor.detach(), strand.layout))
 

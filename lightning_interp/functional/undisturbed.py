@@ -37,7 +37,7 @@ def _keep_modules(model: nn.Module) -> Cleanup:
     """Remembers train/eval flag, buffers, gradients and `requires_grad`; the returned function puts them back."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
-        (module, name, buffer, buffer.detach().clone(), buffer._version)
+        (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
@@ -47,10 +47,10 @@ def _keep_modules(model: nn.Module) -> Cleanup:
     def put_back() -> None:
         for module, training in modes:
             module.training = training  # not .train(): that would thaw a frozen child
-        for module, name, buffer, value, version in buffers:
-            if buffer._version != version:
-                with torch.no_grad():
-                    buffer.copy_(value)
+        for module, name, buffer, value in buffers:
+            # Always: batch normalisation updates its statistics without counting `_version` up. Through `.data`, which
+            # does not count either: autograd may have saved the buffer for a backward to come.
+            buffer.data.copy_(value)
             module._buffers[name] = buffer
         for parameter, gradient, requires_grad in parameters:
             parameter.grad = gradient

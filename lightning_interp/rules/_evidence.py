@@ -142,6 +142,7 @@ def early_jump(history: History, *, same_batch: float = 1.5, logged: float = 3.0
     end = early_end(history, steps)
     floor = 0.1 * (reference_loss(history) or 0.0)
     before = dict(finite_points(history.get("loss_before")))
+    ratios = finite_points(history.get("step_ratio"))
     after = history.get("loss_after")
     jumps = [
         (_ratio(value, before[step]), step)
@@ -150,9 +151,10 @@ def early_jump(history: History, *, same_batch: float = 1.5, logged: float = 3.0
     ]
     factor, step = max(jumps, default=(0.0, 0))
     if factor > same_batch:
-        return Jump(factor, step, True, _rate_factor(history, step))
+        return Jump(factor, step, True, _rate_factor([ratio for at, ratio in ratios if at == step]))
     factor, step = _logged_jump(history, end, with_nan=not jumps)
-    return Jump(factor, step, False, _rate_factor(history, step)) if factor > logged else None
+    # What is seen at a step was done at an earlier one.
+    return Jump(factor, step, False, _rate_factor([r for at, r in ratios if at <= step])) if factor > logged else None
 
 
 def _logged_jump(history: History, end: int, *, with_nan: bool) -> tuple[float, int]:
@@ -167,9 +169,9 @@ def _ratio(value: float, base: float) -> float:
     return value / base if math.isfinite(value) else math.inf
 
 
-def _rate_factor(history: History, step: int) -> float:
-    ratio = dict(finite_points(history.get("step_ratio"))).get(step)
-    return 0.1 if ratio is None or ratio >= 0.5 else min(0.5, max(0.01, 1 / (2 * (1 - ratio))))
+def _rate_factor(ratios: list[float]) -> float:
+    worst = min(ratios, default=-4.0)
+    return 0.5 if worst >= 0 else max(0.01, 1 / (2 * (1 - worst)))
 
 
 def deaths(history: History, quantity: str = "dead_fraction") -> list[Death]:

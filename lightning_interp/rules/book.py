@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from lightning_interp._options import check_positive_int, check_strings, did_you_mean
+from lightning_interp._options import check_positive_int, check_strings, did_you_mean, expected
 from lightning_interp.errors import ArgumentError
 from lightning_interp.rules.alert import SEVERITIES, Alert, Severity
 from lightning_interp.rules.history import History
@@ -42,12 +42,8 @@ class AlertBook:
         """
         check_positive_int("patience", patience)
         check_strings("mute", mute, optional=False)
-        names = [rule.name for rule in rules]
-        for name in names:
-            if names.count(name) > 1:
-                raise ArgumentError(f"Expected argument `rules` to hold each rule once, but got {name!r} twice.")
-        self.mute = [_pattern(entry, names) for entry in mute]
-        self.rules = list(rules)
+        self.rules = check_rules(rules)
+        self.mute = [_pattern(entry, [rule.name for rule in self.rules]) for entry in mute]
         self.patience = patience
         self.errors: list[tuple[Rule, Exception]] = []
         self._active: dict[Key, Alert] = {}
@@ -143,6 +139,20 @@ class AlertBook:
         self._active = {alert.key: alert for alert in alerts if alert.rule in names and not self._is_mute(alert)}
         self._history = deque((Alert.from_dict(values) for values in state["history"]), maxlen=KEPT)
         self._streaks = {(rule, layer): count for rule, layer, count in state["streaks"] if rule in names}
+
+
+def check_rules(rules: Any) -> list[Rule]:
+    """Refuses everything but a sequence of rules with different names."""
+    if isinstance(rules, str) or not isinstance(rules, Iterable):
+        raise expected("rules", "a list of rules", rules)
+    checked = list(rules)
+    if not all(isinstance(rule, Rule) for rule in checked):
+        raise expected("rules", "a list of rules", checked)
+    names = [rule.name for rule in checked]
+    for name in names:
+        if names.count(name) > 1:
+            raise ArgumentError(f"Expected argument `rules` to hold each rule once, but got {name!r} twice.")
+    return checked
 
 
 def _rank(alert: Alert) -> int:

@@ -51,7 +51,7 @@ class LearningRateTooLowRule(Rule):
         blow_up: Multiple of the first loss in the first 50 steps that speaks for a too-high rate.
         dead: Dead share of a layer, in [0, 1].
         update_ratio: norm(update) / norm(weight), for runs without a step ratio.
-        min_steps: Steps before which nothing is said, unless the training ends earlier.
+        min_steps: Steps before which nothing is said: at first short steps are normal.
         min_probes: Probed steps that are needed.
     """
 
@@ -82,7 +82,7 @@ class LearningRateTooLowRule(Rule):
         loss, reference = recent_loss(history), reference_loss(history)
         if loss is None or reference is None or loss <= self.loss * reference or self._explained(history):
             return
-        if (steps_done(history) < self.min_steps and not history.finished) or _rising(history):
+        if steps_done(history) < self.min_steps or _rising(history):
             return
         held = (self.name, None) in active
         ratios = self._late(history, "step_ratio", None)

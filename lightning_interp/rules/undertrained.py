@@ -36,10 +36,10 @@ class UndertrainedRule(Rule):
 
         (L(T) - L(horizon T)) / (L0 - L(horizon T)) > fall,   L0 = ln C or the first loss, the smaller one,
 
-    and the fall within the last half is no matter of noise (`certainty`). Said as a warning when the training has ended as planned,
-    and as information from `from_part` of the planned steps on. Not said if the loss is NaN, or if a too-high rate
-    or deaths (`dead` of a layer) explain a high loss; if the rate is too low, that is given as the cause. Without a
-    cross-entropy L0 is the first loss.
+    and the fall within the last half is no matter of noise (`certainty`). Said as a warning when the training has ended
+    as planned, and as information from `from_part` of the planned steps on. Not said if the loss is NaN, or if a
+    too-high rate or deaths (`dead` of a layer) explain a high loss; if the rate is too low, that is given as the
+    cause. Without a cross-entropy L0 is the first loss.
 
     It speaks of the training loss only. A loss that is near zero can't fire: less than `fall` is left.
 

@@ -106,6 +106,18 @@ def test_smoothness_constant_kernels_are_skipped(value):
     assert math.isnan(filter_smoothness(constant))
 
 
+@pytest.mark.parametrize("kernel", [(3, 3), (7, 7), (11,)])
+def test_numbers_constant_kernels_of_any_value_are_nan(kernel):
+    """The mean of equal values is often not quite that value; what is left is rounding, not structure."""
+    values = torch.rand(300, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    full = values.view(-1, *(1,) * len(kernel)).expand(-1, *kernel)
+    assert any((one - one.mean()).abs().max() > 0 for one in full)
+    for value in values:
+        assert math.isnan(filter_smoothness(torch.full((1, 1, *kernel), float(value), dtype=torch.float64)))
+    same = torch.rand(1, 1, *kernel, dtype=torch.float64).expand(1000, 3, *kernel)
+    assert math.isnan(variance_entropy(same))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_numbers_not_finite_weight_is_nan_and_does_not_raise(bad):
     """One value spoils a layer visibly."""

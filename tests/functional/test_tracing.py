@@ -334,3 +334,13 @@ def test_inert_hook_is_a_builtin():
     hook = copy.deepcopy(QuietHook(print))
     assert hook.func is sys.audit
     assert hook(nn.ReLU(), (torch.ones(1),), torch.ones(1)) is None
+
+
+@pytest.mark.parametrize("keep", [lambda t: t.detach().clone(), lambda t: t.clone(), lambda t: t.std()])
+def test_a_copy_for_a_log_is_no_reader(keep):
+    """Somebody's hook that keeps or measures the pre-activation must not make a dead filter look alive."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(inplace=True))
+    kept = []
+    model[0].register_forward_hook(lambda module, args, output: kept.append(keep(output)))
+    _, ends, _ = trace(model, torch.randn(2, 1, 3, 3))
+    assert [(end.unit, end.activation) for end in ends] == [("0", "relu")]

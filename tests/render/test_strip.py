@@ -26,11 +26,12 @@ def test_strip_many_pushes_is_bounded_and_even_in_log_time(stride):
         assert len(strip.steps) == min(count, MAX_FRAMES)
         assert (strip.steps[0], strip.steps[-1]) == (0, step)
     times = np.log1p(strip.steps)
-    # Between the first two pushed steps nothing can be kept; the rest is to be even.
-    gaps = np.diff(times[1:])
-    even = (times[-1] - times[1]) / (MAX_FRAMES - 2)
-    assert gaps.max() <= 2.1 * even
-    assert np.sort(gaps)[1:].min() >= even / 3  # the newest may just have come
+    gaps, even = np.diff(times), (times[-1] - times[0]) / (MAX_FRAMES - 1)
+    # Between the first two pushed steps there is nothing to keep.
+    first = np.log1p(stride)
+    assert gaps.max() <= max(2.1 * even, first)
+    assert gaps[1:].max() <= 2.1 * even
+    assert np.sort(gaps)[1:].min() >= (times[-1] - first) / (MAX_FRAMES - 2) / 3  # the newest may just have come
     for step, picture in strip.frames():
         assert (picture == frame(step)).all()
 

@@ -1,0 +1,41 @@
+"""All callbacks, as functions that make new ones. Errors are raised: a callback that rests would pass every test."""
+
+from __future__ import annotations
+
+from lightning_interp import (
+    ActivationSparsity,
+    Alerts,
+    DeadFilters,
+    FilterGrid,
+    Interp,
+    TrainingDynamics,
+    standard_callbacks,
+)
+
+
+def often():
+    """Every callback by itself, each as often as it can be."""
+    return [
+        DeadFilters(split="train", window_steps=1, on_error="raise"),
+        ActivationSparsity(every_n_train_steps=1, num_samples=2, on_error="raise"),
+        FilterGrid(every_n_train_steps=1, on_error="raise"),
+        TrainingDynamics(dense_steps=1000, on_error="raise"),
+        Alerts(on_error="raise"),
+    ]
+
+
+SINGLE = {
+    "DeadFilters": lambda: [DeadFilters(on_error="raise")],
+    "DeadFilters_train": lambda: [DeadFilters(split="train", window_steps=2, on_error="raise")],
+    "ActivationSparsity": lambda: [ActivationSparsity(every_n_train_steps=1, on_error="raise")],
+    "FilterGrid": lambda: [FilterGrid(every_n_train_steps=1, on_error="raise")],
+    "TrainingDynamics": lambda: [TrainingDynamics(dense_steps=1000, on_error="raise")],
+    "Alerts": lambda: [Alerts(on_error="raise")],
+}
+WHOLE = {
+    "often": often,
+    "Interp": lambda: [Interp("full", on_error="raise")],
+    "standard": lambda: standard_callbacks(on_error="raise"),
+}
+ALL = {**SINGLE, **WHOLE}
+CLASSES = (DeadFilters, ActivationSparsity, FilterGrid, TrainingDynamics, Alerts, Interp)
