@@ -50,7 +50,7 @@ def _parser() -> _Parser:
     text = "train a small CNN three times (healthy, learning rate too high, stopped too soon) and show its alerts"
     demo = commands.add_parser("demo", help=text, description=f"{text[0].upper()}{text[1:]}.")
     demo.add_argument("--out", type=Path, default=Path("runs"), help="folder for the logs (default: %(default)s)")
-    demo.add_argument("--epochs", type=_whole(1), default=20, help="epochs of the longer runs (default: %(default)s)")
+    demo.add_argument("--epochs", type=_whole(1), default=30, help="epochs of the longer runs (default: %(default)s)")
     demo.add_argument("--seed", type=_whole(0), default=0, help="seed of weights and batches (default: %(default)s)")
 
     text = "show the alerts of all runs below a folder; exit status 1 if a critical one is active"

@@ -99,7 +99,9 @@ class SameBatchProbe:
         if not module.training:
             self.stop_recording()
 
-    def _before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if kwargs is None:  # taken off a moment ago, by a hook of this very call
+            return
         # Under DDP the model is called to run `training_step`, with its forward exchanged for a moment.
         own = module is not self._model or _has_own_forward(module)
         self._own.append(own)
@@ -138,8 +140,9 @@ class SameBatchProbe:
                 self._taps.append(parameter.register_hook(tap))  # type: ignore[no-untyped-call]
 
     def _listen(self, key: int, gradient: Tensor) -> None:
+        # A copy: autograd may make this very tensor the `.grad` that clipping and the optimizer write to.
         seen = self._gradients.get(key)
-        self._gradients[key] = gradient.detach() if seen is None else seen + gradient.detach()
+        self._gradients[key] = gradient.detach().clone() if seen is None else seen + gradient.detach()
 
     def after_backward(self) -> None:
         """The gradients are complete."""

@@ -15,6 +15,7 @@ from lightning_interp.callbacks._lightning import LightningModule, Trainer
 from lightning_interp.callbacks.base import InterpCallback, OnError
 from lightning_interp.callbacks.batches import UnreadableError
 from lightning_interp.callbacks.guard import undisturbed
+from lightning_interp.callbacks.observer import Observer
 from lightning_interp.callbacks.samples import fixed_samples
 from lightning_interp.callbacks.session import Session
 from lightning_interp.functional.sparsity import zero_fraction
@@ -100,6 +101,7 @@ class ActivationSparsity(InterpCallback):
         self._images: Tensor | None = None
         self._shown_first = False
         self._sparsity = float("nan")
+        self._observer: Observer | None = None
 
     # ------------------------------------------------------------------ life
 
@@ -127,13 +129,16 @@ class ActivationSparsity(InterpCallback):
         """Opens the reader on sampled batches."""
         session = Session.of(trainer)
         if self._sampled(trainer, batch_idx) and not session.observer.compiled:
-            session.observer.open(self._read, None if self.layers is None else self._wanted(session))
+            self._observer = session.observer
+            self._observer.open(self._read, None if self.layers is None else self._wanted(session))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Takes the reader off; reports the first batch, and what a step schedule makes due."""
-        Session.of(trainer).observer.close_reader(self._read)
+        observer, self._observer = self._observer, None
+        if observer is not None:
+            observer.close_reader(self._read)
         step = self.step_of(trainer)
         first, self._shown_first = not self._shown_first and step == 0, True
         due = self.step_due(trainer, step)
@@ -153,6 +158,11 @@ class ActivationSparsity(InterpCallback):
             self._report(trainer, step=step)
             self._show_maps(trainer, pl_module, step=step)
         self.log_cost(trainer, step=step)
+
+    def release(self) -> None:
+        """Takes the reader off."""
+        if self._observer is not None:
+            self._observer.discard(self._read)
 
     # ------------------------------------------------------------------ measuring
 

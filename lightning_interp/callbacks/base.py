@@ -70,7 +70,7 @@ def _guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
             return hook(self, trainer, *args, **kwargs)
         if name not in _ALWAYS and (trainer.state.fn != "fit" or (trainer.sanity_checking and "validation" in name)):
             return None
-        if self.resting and name not in _CLEANING:
+        if self.resting and name not in _ALWAYS:
             return self.while_resting(name, trainer)
         self._depth += 1
         started = time.perf_counter()
@@ -196,6 +196,7 @@ class InterpCallback(CallbackBase):
     # ------------------------------------------------------------------ errors
 
     def _rest(self, error: Exception, hook: str) -> None:
+        self._outbox.clear()
         if self.on_error == "raise":
             raise error
         self.resting = True

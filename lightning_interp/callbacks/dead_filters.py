@@ -241,7 +241,8 @@ class DeadFilters(InterpCallback):
             raise error or RuntimeError("another rank failed, or saw other layers than this one")
         dead, scores = self._window.unpack(packed, names, observer.units, trainer)
         # The first window is also the beginning of the first epoch's: what has fired in it need not fire again.
-        if not (first and not self._use_validation):
+        goes_on = first and not self._use_validation and self._eager is None and self.window_steps > 1
+        if not goes_on:
             self._window = Window()
             self._started_at = step + 1
         self._log(trainer, dead, scores, step=step, first=first, partial=partial)

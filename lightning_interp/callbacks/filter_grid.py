@@ -101,7 +101,9 @@ class FilterGrid(InterpCallback):
         """Forgets the last run and checks `layers`; a model that is built later is checked when training starts."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._start, self._shown = StartWeights(), None
+            self._shown = None
+            if self.step_of(trainer) == 0:  # else the same Trainer goes on where its last fit ended
+                self._start = StartWeights()
             available = _convolutions(pl_module)
             if available:
                 self.choose_layers(list(available))

@@ -37,12 +37,13 @@ class Session:
         self.directory = log_directory(trainer)
         self.dead: dict[str, list[int]] = {}
         self._last_steps: dict[str, int] = {}
+        self._ended = False
 
     @classmethod
     def begin(cls, trainer: Any, model: nn.Module) -> Session:
         """The session of a fit that is being set up; the first callback to ask makes it."""
         session = _sessions.get(trainer)
-        if session is None or session.observer.model is not model:
+        if session is None or session._ended or session.observer.model is not model:
             session = _sessions[trainer] = cls(trainer, model)
         return session
 
@@ -53,10 +54,15 @@ class Session:
 
     @classmethod
     def end(cls, trainer: Any) -> None:
-        """Removes all hooks; the last word of a fit, also after an exception. May be called more than once."""
-        session = _sessions.pop(trainer, None)
+        """Removes all hooks, also after an exception. May be called more than once.
+
+        The history and the loggers stay within reach: other callbacks may still have something to write.
+        """
+        session = _sessions.get(trainer)
         if session is not None:
+            session._ended = True
             session.observer.close()
+            session.observer = Observer(nn.Identity())  # the model knows the trainer, which must not live for ever
 
     def write(self, trainer: Any, records: Iterable[Record]) -> None:
         """Hands records to all loggers, on rank zero.
@@ -95,6 +101,6 @@ def layer_depths(model: nn.Module) -> dict[str, int]:
 
 
 def _has_matrix(module: nn.Module) -> bool:
-    """Looks into the table of parameters: reading `module.weight` of a parametrised module may compute, and change, it."""
+    """Looks into the table of parameters: reading `module.weight` of a parametrised module may change it."""
     weight = module._parameters.get("weight")
     return weight is not None and not isinstance(weight, UninitializedParameter) and weight.ndim > 1

@@ -12,9 +12,13 @@ from lightning_interp.callbacks import _ranks
 from lightning_interp.callbacks.observer import Observer
 from lightning_interp.functional.dead import MeanMagnitude, dormancy_scores
 from lightning_interp.functional.liveness import Liveness
+from lightning_interp.functional.ops import OWNERS
 from lightning_interp.functional.tracing import End, Unit
 
 Units = dict[str, Unit]
+
+# Batches of a window in which all is followed, as long as there are layers that have never run: some run rarely.
+_SEARCH = 8
 
 
 class Window:
@@ -26,6 +30,7 @@ class Window:
 
     def __init__(self) -> None:
         self.forwards = 0
+        self._known: frozenset[str] | None = None
         self._liveness = Liveness()
         self._magnitude = MeanMagnitude()
         self._observer: Observer | None = None
@@ -33,18 +38,36 @@ class Window:
     # ------------------------------------------------------------------ reading
 
     def open(self, observer: Observer, choose: Callable[[Units], Iterable[str]]) -> None:
-        """Follows what can still prove something in the coming forward: suspects, and units without an exact zero."""
+        """Follows what can still prove something in the coming forward: suspects, and units without an exact zero.
+
+        In the first batch of the window that is everything, so that layers which have not run before are found; one
+        that turns up later may have run unseen, and is not judged before the next window.
+        """
         self.forwards += 1
         units: set[str] | None = None
-        if observer.units:
+        if not self._searches(observer):
+            if self._known is None:
+                self._known = frozenset(observer.units)
             self._liveness.narrow()
-            chosen = set(choose(observer.units))
+            chosen = self._known.intersection(choose(observer.units))
             unseen = chosen - self._liveness.seen()
             graded = {name for name in chosen if _is_graded(observer.units[name])}
             units = (self._liveness.suspects() & chosen) | unseen | graded
         if units is None or units:
             observer.open(self._read, units)
             self._observer = observer
+
+    def _searches(self, observer: Observer) -> bool:
+        if not observer.units or self.forwards == 1:
+            return True
+        return (
+            self._known is None
+            and self.forwards <= _SEARCH
+            and any(
+                isinstance(module, OWNERS) and name not in observer.units
+                for name, module in observer.model.named_modules()
+            )
+        )
 
     def _read(self, end: End) -> None:
         self._liveness.read(end)
@@ -76,6 +99,8 @@ class Window:
     def pack(self, names: list[str], units: Units) -> Tensor:
         """All evidence as one flat float64 vector, the same length on all ranks: a rank may have seen no batch."""
         alive, sums = self._liveness.alive(), self._magnitude.sums()
+        if self._known is not None:
+            alive = {name: mask for name, mask in alive.items() if name in self._known}
         parts = []
         for name in names:
             count = units[name].num_filters
@@ -108,11 +133,17 @@ class Window:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers, safe in a checkpoint."""
-        return {"forwards": self.forwards, "alive": self._liveness.alive(), "sums": self._magnitude.sums()}
+        return {
+            "forwards": self.forwards,
+            "known": None if self._known is None else sorted(self._known),
+            "alive": self._liveness.alive(),
+            "sums": self._magnitude.sums(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on with evidence from before a resume."""
         self.forwards = state["forwards"]
+        self._known = None if state["known"] is None else frozenset(state["known"])
         self._liveness.absorb(state["alive"])
         self._magnitude.absorb(state["sums"])
 

@@ -93,7 +93,11 @@ def _certainty(times: NDArray[np.float64], values: NDArray[np.float64]) -> float
     spread = float(centred @ centred)
     slope = float(centred @ values) / spread
     residuals = values - values.mean() - slope * centred
-    doubt = math.sqrt(float(residuals @ residuals) / max(1, len(values) - 2) / spread)
+    squares = float(residuals @ residuals)
+    doubt = math.sqrt(squares / max(1, len(values) - 2) / spread)
+    # Neighbours that err together count for fewer: the usual correction for a first-order process.
+    together = min(0.9, max(0.0, float(residuals[1:] @ residuals[:-1]) / squares)) if squares > 0 else 0.0
+    doubt *= math.sqrt((1 + together) / (1 - together))
     if doubt > 0:
         return -slope / doubt
     return math.inf if slope < 0 else 0.0

@@ -92,6 +92,20 @@ def reference_loss(history: History) -> float | None:
     return lowest if lowest > 0 else None
 
 
+def collapsed_to(history: History, part: float) -> float | None:
+    """The lowest loss of a run that had learned and has lost it again; None for others.
+
+    It had come below ln C / 2 and is now above `part` of ln C, both as medians of `RECENT` losses.
+    """
+    guess, now = guess_loss(history), recent_loss(history)
+    if guess is None or now is None or now <= part * guess:
+        return None
+    values = [point.value for point in finite_points(history.get("loss"))]
+    medians = [statistics.median(values[i : i + RECENT]) for i in range(0, len(values) - RECENT + 1, RECENT)]
+    lowest = min(medians, default=math.inf)
+    return lowest if lowest < 0.5 * guess else None
+
+
 def started_badly(history: History, factor: float) -> bool:
     """Whether the loss before any update was no number, or a cross-entropy above `factor` ln C."""
     first, guess = first_loss(history), guess_loss(history)
@@ -127,6 +141,27 @@ def early_end(history: History, steps: int) -> int:
     return risen + steps if risen else steps
 
 
+def batch_jump(history: History, begin: int, end: int, threshold: float = 1.5) -> Jump | None:
+    """The largest growth of the loss of one batch through its own update, at the steps in [begin, end).
+
+    None if it is `threshold` times or less. A loss that stays below a tenth of `reference_loss` is left out: it may
+    well double, and that is noise. The advice for the rate is taken from the first such step, before all is lost.
+    """
+    floor = 0.1 * (reference_loss(history) or 0.0)
+    before = dict(finite_points(history.get("loss_before")))
+    after = history.get("loss_after")
+    jumps = [
+        (_ratio(value, before[step]), step)
+        for step, value in zip(after.steps, after.values, strict=True)
+        if begin <= step < end and before.get(step, 0.0) > 0 and not value < floor
+    ]
+    above = [(factor, step) for factor, step in jumps if factor > threshold]
+    if not above:
+        return None
+    ratios = [ratio for at, ratio in finite_points(history.get("step_ratio")) if at == above[0][1]]
+    return Jump(*max(above, key=lambda pair: pair[0]), True, _rate_factor(ratios))
+
+
 def early_jump(history: History, *, same_batch: float = 1.5, logged: float = 3.0, steps: int = 20) -> Jump | None:
     """The largest early jump of the loss.
 
@@ -140,21 +175,14 @@ def early_jump(history: History, *, same_batch: float = 1.5, logged: float = 3.0
         The jump of one batch if there is one, else that of the logged loss, else None.
     """
     end = early_end(history, steps)
-    floor = 0.1 * (reference_loss(history) or 0.0)
-    before = dict(finite_points(history.get("loss_before")))
-    ratios = finite_points(history.get("step_ratio"))
-    after = history.get("loss_after")
-    jumps = [
-        (_ratio(value, before[step]), step)
-        for step, value in zip(after.steps, after.values, strict=True)
-        if step < end and before.get(step, 0.0) > 0 and not value < floor  # a small loss may double: that is noise
-    ]
-    factor, step = max(jumps, default=(0.0, 0))
-    if factor > same_batch:
-        return Jump(factor, step, True, _rate_factor([ratio for at, ratio in ratios if at == step]))
-    factor, step = _logged_jump(history, end, with_nan=not jumps)
+    jump = batch_jump(history, 0, end, same_batch)
+    if jump is not None:
+        return jump
+    probed = any(step < end for step in history.get("loss_after").steps)
+    factor, step = _logged_jump(history, end, with_nan=not probed)
     # What is seen at a step was done at an earlier one.
-    return Jump(factor, step, False, _rate_factor([r for at, r in ratios if at <= step])) if factor > logged else None
+    ratios = [ratio for at, ratio in finite_points(history.get("step_ratio")) if at <= step]
+    return Jump(factor, step, False, _rate_factor(ratios)) if factor > logged else None
 
 
 def _logged_jump(history: History, end: int, *, with_nan: bool) -> tuple[float, int]:

@@ -9,13 +9,15 @@ from typing import ClassVar
 
 from lightning_interp._options import check_at_least, check_number
 from lightning_interp.rules._evidence import (
-    RELAXED,
     Death,
     Jump,
+    batch_jump,
     broken_since,
+    collapsed_to,
     deaths,
     early_jump,
     finite_points,
+    guess_loss,
     is_problem,
     recent_loss,
     reference_loss,
@@ -27,6 +29,8 @@ from lightning_interp.rules.alert import Alert, Severity
 from lightning_interp.rules.history import History
 from lightning_interp.rules.rule import Key, Rule
 
+HELD = 0.6  # part of its thresholds under which an alert that is up is taken back: a failing run wavers much
+BEFORE_NAN = 20  # steps before a NaN that are searched for its beginning
 SOURCE = "Lewkowycz et al. 2020 (catapult), Meltzer et al. 2023 (dead units grow with the rate); thresholds measured"
 
 
@@ -40,6 +44,9 @@ class LearningRateTooHighRule(Rule):
     - the loss is no number any more, or is still above `recovered` of ln C at step `judge_step`: critical;
     - or the dead share of a layer rose by more than `dead_gain`: warning;
     - or neither: information, a "catapult"; often such runs generalise well.
+
+    It is also critical if a NaN was preceded, within 20 steps, by such a jump of one batch: a bad batch would have had
+    its high loss before the update; and if a cross-entropy that had been below ln C / 2 is back above `recovered` ln C.
 
     The damage is done within some 20 steps; afterwards gradients and updates are tiny and look like a rate that is
     too low, so only the early numbers tell. Runs shorter than `judge_step` are judged at their end. Without a
@@ -82,11 +89,12 @@ class LearningRateTooHighRule(Rule):
 
     def check(self, history: History, active: Collection[Key]) -> Iterable[Alert]:
         """One alert for the run, or none."""
-        jump = self.find_jump(history)
-        if jump is None:
-            return
-        relaxed = RELAXED if is_problem(severity_of(active, (self.name, None))) else 1.0
+        relaxed = HELD if is_problem(severity_of(active, (self.name, None))) else 1.0
         broken = broken_since(history)
+        jump = self.find_jump(history, broken)
+        if jump is None:
+            yield from self._collapsed(history, relaxed)
+            return
         loss, reference = recent_loss(history), reference_loss(history)
         judged = history.finished or steps_done(history) >= self.judge_step + max(0, jump.step - self.early_steps)
         stuck = judged and loss is not None and reference is not None and loss > self.recovered * relaxed * reference
@@ -109,11 +117,32 @@ class LearningRateTooHighRule(Rule):
             source=SOURCE,
         )
 
-    def find_jump(self, history: History) -> Jump | None:
-        """The early jump, None if there is none or the start is to blame."""
+    def find_jump(self, history: History, broken: int | None) -> Jump | None:
+        """The early jump, or the one that ended in a NaN; None if there is none or the start is to blame."""
         if started_badly(history, self.bad_start):
             return None
-        return early_jump(history, same_batch=self.jump, logged=self.logged_jump, steps=self.early_steps)
+        jump = early_jump(history, same_batch=self.jump, logged=self.logged_jump, steps=self.early_steps)
+        if jump is None and broken is not None:
+            return batch_jump(history, broken - BEFORE_NAN, broken, self.jump)
+        return jump
+
+    def _collapsed(self, history: History, relaxed: float) -> Iterable[Alert]:
+        guess, loss = guess_loss(history), recent_loss(history)
+        lowest = collapsed_to(history, self.recovered * relaxed)
+        if guess is None or loss is None or lowest is None or broken_since(history) is not None:
+            return
+        yield Alert(
+            rule=self.name,
+            severity="critical",
+            value=loss,
+            threshold=self.recovered * guess,
+            cause="learning rate",
+            message=f"The loss was down at {lowest:.3g} and is back at {loss:.3g}, where a guess has {guess:.3g}.",
+            advice="Go back to an earlier checkpoint and divide the learning rate by about 3, or clip the gradients.",
+            evidence={"lowest_loss": lowest, "loss": loss, "reference_loss": guess},
+            alternatives=["a stretch of bad batches", "weights that grow without weight decay"],
+            source=SOURCE,
+        )
 
 
 def explains_loss(history: History) -> bool:

@@ -67,7 +67,7 @@ class LearningRateTooLowRule(Rule):
     dead: float = 0.25
     update_ratio: float = 1e-4
     min_steps: int = 200
-    min_probes: int = 5
+    min_probes: int = 3
 
     def __post_init__(self) -> None:
         check_number("ratio", self.ratio, low=0.5, high=1)

@@ -7,7 +7,8 @@ import signal
 import pytest
 import torch
 
-from lightning_interp import AlertRaised, InterpWarning
+from lightning_interp import AlertRaised, Alerts, Interp, InterpWarning
+from lightning_interp.callbacks._family import Family
 from lightning_interp.callbacks.base import _HOOKS
 from tests.contract.battery import fit_quietly
 from tests.contract.factories import CLASSES, WHOLE, often
@@ -46,8 +47,10 @@ def failing(cls, hook, when, **options):
 
 
 def hooks_of(cls):
-    """The hooks that a class or one of its parents in this package defines."""
-    return sorted(hook for hook in _HOOKS if any(hook in vars(base) for base in cls.__mro__[:-1] if "interp" in base.__module__))
+    """The hooks that a class or the base of all callbacks defines; `Family` only passes on, two stand for all."""
+    bases = [base for base in cls.__mro__ if base.__module__.startswith("lightning_interp") and base is not Family]
+    own = {hook for hook in _HOOKS if any(hook in vars(base) for base in bases)}
+    return sorted(own | {"on_train_batch_start", "on_validation_batch_end"})
 
 
 class Watching(pl.Callback):
@@ -217,8 +220,6 @@ def test_trainer_works_again_after_an_exception(tmp_path):
 
 def test_alert_with_on_alert_raise_is_raised_and_nothing_is_left(tmp_path):
     """The user asked for it."""
-    from lightning_interp import Alerts
-
     class Diverges(Net):
         def loss(self, batch):
             return super().loss(batch) * float("nan")
@@ -266,22 +267,42 @@ def test_full_disk_is_said_once_per_callback_and_training_goes_on(name, after, t
     assert_nothing_left(model, trainer.optimizers)
 
 
+class InFolder(Capture):
+    """A logger with a folder, which is needed for each picture."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    @property
+    def save_dir(self):
+        return str(self.folder)
+
+    def log_image(self, key, images, step=None):
+        (self.folder / "picture").write_bytes(images[0].tobytes())
+
+
 def test_log_folder_deleted_in_mid_training_does_not_kill_the_run(tmp_path):
-    """Somebody tidies up."""
+    """Somebody tidies up: what needs the folder is reported, and the numbers go on."""
 
     class Tidy(pl.Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            shutil.rmtree(trainer.log_dir, ignore_errors=True)
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                shutil.rmtree(trainer.log_dir)
 
-    model, _, said, watching = train([Tidy(), *WHOLE["Interp"]()], tmp_path)
+    (tmp_path / "run").mkdir()
+    model, logger, watching = Net(), InFolder(tmp_path / "run"), Watching()
+    trainer = quiet_trainer(callbacks=[Tidy(), Interp(), watching], logger=logger)
+    said = fit_quietly(trainer, model, loader(), loader(12, seed=1, shuffle=False))
     assert watching.batches == 8
     assert len(said) == len(set(said))
+    assert any("picture" in message for message in said)
+    assert max(step for step, _ in logger.of_interp()["interp/dead_filters"]) == 7
     assert_nothing_left(model)
 
 
 def test_log_folder_that_is_a_file_is_said_and_training_goes_on(tmp_path, monkeypatch):
     """`alerts.jsonl` and the step-0 weights can't be written; what the loggers take still goes there."""
-    from lightning_interp import Interp
     from lightning_interp.callbacks import session
 
     blocked = tmp_path / "blocked"

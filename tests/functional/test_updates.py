@@ -52,7 +52,7 @@ def test_tensor_norms_of_mixed_dtypes_are_float64():
 
 def test_tensor_norms_of_a_sparse_gradient_counts_repeated_rows_once():
     """Uncoalesced entries of one row add up before the square."""
-    sparse = torch.sparse_coo_tensor([[1, 1]], [[3.0], [1.0]], (3, 1))
+    sparse = torch.sparse_coo_tensor([[1, 1]], [[3.0], [1.0]], (3, 1), check_invariants=True)
     assert tensor_norms([sparse]).tolist() == [4.0]
 
 
@@ -162,7 +162,7 @@ def test_predicted_fall_equals_a_naive_loop(dtype):
 
 def test_predicted_fall_of_sparse_gradient_equals_the_dense_one():
     """Embeddings give sparse gradients."""
-    sparse = torch.sparse_coo_tensor([[0, 2]], [[1.0], [2.0]], (3, 1))
+    sparse = torch.sparse_coo_tensor([[0, 2]], [[1.0], [2.0]], (3, 1), check_invariants=True)
     update = torch.tensor([[1.0], [5.0], [-1.0]])
     assert predicted_fall([sparse], [update]).item() == 1.0
 

@@ -1,0 +1,96 @@
+import pytest
+
+from lightning_interp.errors import ArgumentError
+from lightning_interp.rules import DeadFiltersRule, DormantUnitsRule, History
+from tests.rules.writing import check, falling, healthy, run_of, write
+
+KINDS = [(DeadFiltersRule, "dead_fraction", "dead_filters"), (DormantUnitsRule, "dormant_fraction", "dormant_units")]
+
+
+def shares(quantity, values, *, layer="conv1", jump=False):
+    history = run_of(falling(200))
+    if jump:
+        write(history, "loss_before", [2.3] * 5)
+        write(history, "loss_after", [20.0] * 5)
+    history.note("num_filters", 16, layer=layer)
+    return write(history, quantity, values, layer=layer, every=50)
+
+
+@pytest.mark.parametrize(("rule", "quantity", "name"), KINDS)
+class TestBoth:
+    def test_healthy_and_empty_runs_are_silent(self, rule, quantity, name):
+        assert check(rule(), healthy()) == []
+        assert check(rule(), History()) == []
+
+    @pytest.mark.parametrize(
+        ("share", "severity"),
+        [(0.05, "info"), (0.249, "info"), (0.25, "warning"), (0.5, "critical"), (1.0, "critical")],
+    )
+    def test_severity_follows_the_share(self, rule, quantity, name, share, severity):
+        (alert,) = check(rule(), shares(quantity, [0.0, share, share]))
+        assert (alert.rule, alert.layer, alert.severity, alert.value) == (name, "conv1", severity, share)
+
+    def test_one_window_is_not_enough(self, rule, quantity, name):
+        assert check(rule(), shares(quantity, [0.8])) == []
+        assert check(rule(), shares(quantity, [0.0, 0.8])) == []
+        assert check(rule(), shares(quantity, [0.0, 0.8, 0.0])) == []
+
+    def test_dead_at_the_start_is_blamed_on_the_initialisation(self, rule, quantity, name):
+        (alert,) = check(rule(), shares(quantity, [0.5, 0.5, 0.5], jump=True))
+        assert alert.cause == "initialisation"
+        assert "learning rate" in alert.alternatives
+
+    def test_inputs_that_are_off_come_first(self, rule, quantity, name):
+        history = shares(quantity, [0.5, 0.5, 0.5])
+        history.note("input_mean", 100.0)
+        history.note("input_std", 50.0)
+        (alert,) = check(rule(), history)
+        assert (alert.cause, alert.alternatives[-1]) == ("inputs", "initialisation")
+
+    def test_killed_after_a_jump_is_blamed_on_the_rate(self, rule, quantity, name):
+        (alert,) = check(rule(), shares(quantity, [0.1, 0.5, 0.5], jump=True))
+        assert alert.cause == "learning rate"
+
+    def test_killed_without_a_jump_is_unknown(self, rule, quantity, name):
+        (alert,) = check(rule(), shares(quantity, [0.1, 0.5, 0.5]))
+        assert alert.cause is None
+        assert alert.alternatives[0] == "learning rate"
+
+    def test_an_alert_is_held_by_the_relaxed_thresholds_up_to_its_severity(self, rule, quantity, name):
+        history = shares(quantity, [0.0, 0.22, 0.22])
+        assert check(rule(), history)[0].severity == "info"
+        assert check(rule(), history, {(name, "conv1"): "warning"})[0].severity == "warning"
+        assert check(rule(), history, {(name, "conv1"): "info"})[0].severity == "info"
+        low = shares(quantity, [0.0, 0.045, 0.045])
+        assert check(rule(), low) == []
+        assert check(rule(), low, [(name, "conv1")])[0].severity == "info"
+
+    def test_layers_are_judged_one_by_one(self, rule, quantity, name):
+        history = shares(quantity, [0.0, 0.6, 0.6])
+        write(history, quantity, [0.0, 0.3, 0.3], layer="conv2", every=50)
+        write(history, quantity, [0.0, 0.0, 0.0], layer="conv3", every=50)
+        assert [(alert.layer, alert.severity) for alert in check(rule(), history)] == [
+            ("conv1", "critical"),
+            ("conv2", "warning"),
+        ]
+
+    def test_wrong_thresholds_are_refused(self, rule, quantity, name):
+        with pytest.raises(ArgumentError, match="`info` <= `warning`"):
+            rule(info=0.5, warning=0.2)
+        with pytest.raises(ArgumentError, match="`critical`"):
+            rule(critical=50)
+
+
+def test_the_message_has_the_numbers_and_the_step():
+    (alert,) = check(DeadFiltersRule(), shares("dead_fraction", [0.0, 0.0, 0.5, 0.5]))
+    assert alert.message == (
+        "8 of 16 filters (50 %) of conv1 are dead since step 100 or earlier; before the first update it was 0 %."
+    )
+    assert alert.evidence == {"dead_fraction": 0.5, "since_step": 100.0, "born_dead_fraction": 0.0}
+
+
+def test_without_a_window_before_the_first_update_nothing_is_said_of_birth():
+    history = write(run_of(falling(400)), "dead_fraction", [0.5, 0.5], layer="conv1", start=200, every=50)
+    (alert,) = check(DeadFiltersRule(), history)
+    assert "before the first update" not in alert.message
+    assert alert.cause is None

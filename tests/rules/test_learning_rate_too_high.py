@@ -1,0 +1,174 @@
+import math
+
+import pytest
+
+from lightning_interp.errors import ArgumentError
+from lightning_interp.rules import History, LearningRateTooHighRule
+from tests.rules.writing import check, falling, healthy, run_of, write
+
+KEY = ("learning_rate_too_high", None)
+
+
+def jumped(losses, *, factor=5.0, classes=10, finished=False, at=2):
+    """A run whose batch at step `at` got worse by its own update."""
+    history = run_of(losses, classes=classes, finished=finished)
+    before = [2.3] * 20
+    after = [2.2] * 20
+    after[at] = 2.3 * factor
+    write(history, "loss_before", before)
+    write(history, "loss_after", after)
+    write(history, "step_ratio", [0.9] * at + [-9.0] + [0.9] * (19 - at))
+    return write(history, "learning_rate", [0.1] * 20)
+
+
+def test_healthy_and_empty_runs_are_silent():
+    assert check(LearningRateTooHighRule(), healthy()) == []
+    assert check(LearningRateTooHighRule(), History()) == []
+
+
+def test_a_jump_that_is_not_recovered_from_is_critical_at_step_60():
+    assert check(LearningRateTooHighRule(), jumped([2.3] * 59)) == []
+    (alert,) = check(LearningRateTooHighRule(), jumped([2.3] * 60))
+    assert (alert.severity, alert.cause) == ("critical", "learning rate")
+    assert (alert.value, alert.evidence["jump_step"], alert.evidence["same_batch"]) == (pytest.approx(5.0), 2, 1)
+    assert "about 20" in alert.advice  # 1 / (2 (1 + 9))
+    assert "5.0e-03" in alert.advice
+
+
+def test_a_jump_that_is_recovered_from_is_a_catapult():
+    (alert,) = check(LearningRateTooHighRule(), jumped(falling(200)))
+    assert (alert.severity, alert.cause) == ("info", "catapult")
+
+
+def test_recovered_but_filters_died_is_a_warning():
+    history = jumped(falling(200))
+    write(history, "dead_fraction", [0.05, 0.4], layer="conv2", every=100)
+    (alert,) = check(LearningRateTooHighRule(), history)
+    assert alert.severity == "warning"
+    assert "35% of the filters of conv2" in alert.message
+
+
+def test_filters_dead_from_the_start_do_not_count():
+    history = jumped(falling(200))
+    write(history, "dead_fraction", [0.4, 0.4], layer="conv2", every=100)
+    assert check(LearningRateTooHighRule(), history)[0].severity == "info"
+
+
+def test_nan_after_a_jump_is_critical_at_once():
+    (alert,) = check(LearningRateTooHighRule(), jumped([2.3, 2.3, 2.3, 40.0, math.nan, math.nan]))
+    assert alert.severity == "critical"
+    assert "since step 4" in alert.message
+
+
+def test_nan_right_after_the_update_is_an_infinite_jump():
+    (alert,) = check(LearningRateTooHighRule(), jumped([2.3, 2.3, 2.3, math.nan], factor=math.inf))
+    assert (alert.severity, alert.value) == ("critical", math.inf)
+
+
+def test_nan_out_of_the_blue_is_not_the_rate():
+    history = jumped([2.3, 2.3, 2.3, math.nan], factor=0.9)
+    assert check(LearningRateTooHighRule(), history) == []
+
+
+def test_nan_after_a_later_jump_of_one_batch_is_the_rate():
+    """As with momentum and no normalisation: the leap comes at step 35, the NaN at step 40."""
+    history = run_of([1.0] * 35 + [5.0] * 5 + [math.nan] * 5)
+    write(history, "loss_before", [1.0] * 35 + [5.0] * 5)
+    write(history, "loss_after", [0.9] * 34 + [5.0, 40.0, 1e3, 1e6, 1e9, math.nan])
+    write(history, "step_ratio", [0.9] * 34 + [-4.0] + [-1e3] * 5)
+    (alert,) = check(LearningRateTooHighRule(), history)
+    assert (alert.severity, "about 10" in alert.advice) == ("critical", True)  # 1 / (2 (1 + 4)), of the first leap
+
+
+def test_nan_after_a_batch_that_was_bad_before_its_update_is_not_the_rate():
+    history = run_of([1.0] * 35 + [50.0] + [math.nan] * 5)
+    write(history, "loss_before", [1.0] * 35 + [50.0])
+    write(history, "loss_after", [0.9] * 35 + [49.0])
+    assert check(LearningRateTooHighRule(), history) == []
+
+
+def test_a_run_that_had_learned_and_is_back_at_chance_is_critical():
+    history = run_of([*falling(300), *[2.31] * 50])
+    (alert,) = check(LearningRateTooHighRule(), history)
+    assert (alert.severity, alert.value) == ("critical", 2.31)
+    assert "divide the learning rate by about 3" in alert.advice
+
+
+def test_one_bad_batch_is_no_collapse():
+    assert check(LearningRateTooHighRule(), run_of([*falling(300), 9.0, 2.31, *[0.1] * 10])) == []
+    assert check(LearningRateTooHighRule(), run_of([*falling(300), 9.0])) == []
+
+
+def test_short_runs_are_judged_at_their_end():
+    assert check(LearningRateTooHighRule(), jumped([2.3] * 30)) == []
+    (alert,) = check(LearningRateTooHighRule(), jumped([2.3] * 30, finished=True))
+    assert alert.severity == "critical"
+
+
+def test_a_bad_start_explains_the_jump():
+    history = jumped([30.0] * 100)
+    assert check(LearningRateTooHighRule(), history) == []
+
+
+def test_a_jump_after_the_early_phase_is_not_this_rule():
+    history = run_of([2.3] * 200)
+    write(history, "loss_before", [2.3] * 100)
+    write(history, "loss_after", [2.2] * 50 + [20.0] + [2.2] * 49)
+    write(history, "learning_rate", [0.1] * 100)
+    assert check(LearningRateTooHighRule(), history) == []
+
+
+def test_under_a_warm_up_the_early_phase_lasts_longer():
+    history = run_of([2.3] * 200)
+    write(history, "loss_before", [2.3] * 100)
+    write(history, "loss_after", [2.2] * 50 + [20.0] + [2.2] * 49)
+    write(history, "learning_rate", [0.002 * (step + 1) for step in range(60)] + [0.12] * 40)
+    (alert,) = check(LearningRateTooHighRule(), history)
+    assert (alert.severity, alert.evidence["jump_step"]) == ("critical", 50)
+
+
+def test_without_the_same_batch_the_logged_loss_decides_and_the_evidence_says_so():
+    (alert,) = check(LearningRateTooHighRule(), run_of([2.3, 9.0] + [2.3] * 60))
+    assert (alert.severity, alert.threshold, alert.evidence["same_batch"]) == ("critical", 3.0, 0)
+    assert check(LearningRateTooHighRule(), run_of([2.3, 6.0] + [2.3] * 60)) == []
+
+
+def test_without_a_cross_entropy_the_first_loss_is_the_measure():
+    (alert,) = check(LearningRateTooHighRule(), run_of([100.0, 900.0] + [99.0] * 60, classes=None))
+    assert alert.severity == "critical"
+    (alert,) = check(LearningRateTooHighRule(), run_of([100.0, 900.0] + [20.0] * 60, classes=None))
+    assert alert.severity == "info"
+
+
+def test_a_small_loss_that_doubles_is_noise():
+    history = run_of([0.01] * 100)
+    history.note("num_classes", 10)
+    history.series["loss", None].points[0] = history.series["loss", None].points[0]._replace(value=2.3)
+    write(history, "loss_before", [0.01] * 20)
+    write(history, "loss_after", [0.1] * 20)
+    assert check(LearningRateTooHighRule(), history) == []
+
+
+def test_a_negative_loss_is_not_judged():
+    assert check(LearningRateTooHighRule(), run_of([-1.0, 5.0] + [-1.0] * 80, classes=None)) == []
+
+
+def test_it_clears_only_well_below_the_threshold():
+    rule = LearningRateTooHighRule()
+    wavering = jumped([2.3] * 60 + [0.6 * math.log(10)] * 60)
+    assert check(rule, wavering)[0].severity == "info"
+    assert check(rule, wavering, {KEY: "critical"})[0].severity == "critical"
+    assert check(rule, wavering, {KEY: "info"})[0].severity == "info"
+
+
+def test_the_early_evidence_is_latched_in_a_long_run():
+    history = jumped([2.3] * 20000)
+    (alert,) = check(LearningRateTooHighRule(), history)
+    assert (alert.severity, alert.value) == ("critical", pytest.approx(5.0))
+
+
+def test_wrong_thresholds_are_refused():
+    with pytest.raises(ArgumentError, match="`dead_gain`"):
+        LearningRateTooHighRule(dead_gain=25)
+    with pytest.raises(ArgumentError, match="`judge_step`"):
+        LearningRateTooHighRule(judge_step=10)

@@ -1,0 +1,103 @@
+import math
+
+import pytest
+
+from lightning_interp.errors import ArgumentError
+from lightning_interp.rules import History, LearningRateTooLowRule
+from tests.rules.writing import check, healthy, run_of, write
+
+
+def slow(steps=600, *, ratio=0.995, loss=2.2, rates=None, classes=10):
+    """A run that hardly moves, probed every 20 steps."""
+    history = run_of([2.3] + [loss] * (steps - 1), classes=classes)
+    write(history, "step_ratio", [ratio] * (steps // 20), every=20)
+    return write(history, "learning_rate", rates or [1e-5] * (steps // 20), every=20)
+
+
+def test_healthy_and_empty_runs_are_silent():
+    assert check(LearningRateTooLowRule(), healthy()) == []
+    assert check(LearningRateTooLowRule(), History()) == []
+
+
+def test_short_steps_at_a_high_loss_fire_with_a_factor():
+    (alert,) = check(LearningRateTooLowRule(), slow())
+    assert (alert.severity, alert.value) == ("warning", 0.995)
+    assert "about 10 times" in alert.advice  # 1 / (2 * 0.005) = 100, at most 10
+
+
+def test_the_factor_follows_the_ratio():
+    (alert,) = check(LearningRateTooLowRule(ratio=0.9), slow(ratio=0.92))
+    assert "about 6 times" in alert.advice  # 1 / (2 * 0.08) = 6.25
+
+
+@pytest.mark.parametrize("history", [slow(ratio=0.9), slow(loss=0.1), slow(steps=160)], ids=["long", "low", "early"])
+def test_it_is_silent_where_steps_are_long_the_loss_is_low_or_it_is_early(history):
+    assert check(LearningRateTooLowRule(), history) == []
+
+
+def test_a_blow_up_explains_small_steps():
+    history = slow()
+    history.series["loss", None].points[3] = history.series["loss", None].points[3]._replace(value=4.0)
+    assert check(LearningRateTooLowRule(), history) == []
+
+
+def test_deaths_explain_small_steps():
+    history = write(slow(), "dead_fraction", [0.0, 0.3], layer="conv1", every=300)
+    assert check(LearningRateTooLowRule(), history) == []
+
+
+def test_a_bad_start_explains_small_steps():
+    history = slow()
+    history.series["loss", None].points[0] = history.series["loss", None].points[0]._replace(value=40.0)
+    assert check(LearningRateTooLowRule(), history) == []
+
+
+def test_the_slow_end_of_a_decay_is_not_counted():
+    """Half of the probes are short only because the schedule made them so."""
+    rates = [0.1 * (1 + math.cos(math.pi * i / 30)) / 2 for i in range(30)]
+    history = run_of([2.3] + [0.6] * 599)
+    write(history, "learning_rate", rates, every=20)
+    write(history, "step_ratio", [0.8 if rate >= 0.05 else 0.999 for rate in rates], every=20)
+    assert check(LearningRateTooLowRule(), history) == []
+
+
+def test_a_warm_up_that_still_rises_is_not_judged():
+    rising = slow(rates=[1e-5 * (i + 1) for i in range(30)])
+    assert check(LearningRateTooLowRule(), rising) == []
+    over = slow(steps=2000, rates=[1e-5 * min(i + 1, 10) for i in range(100)])
+    assert len(check(LearningRateTooLowRule(), over)) == 1
+
+
+def test_without_a_cross_entropy_the_first_loss_is_the_measure():
+    assert len(check(LearningRateTooLowRule(), slow(classes=None))) == 1
+    assert check(LearningRateTooLowRule(), slow(loss=0.2, classes=None)) == []
+
+
+def test_without_a_step_ratio_the_update_ratio_is_a_weaker_sign():
+    def tiny(loss):
+        history = run_of([2.3] + [loss] * 599)
+        write(history, "learning_rate", [1e-5] * 30, every=20)
+        return write(history, "update_ratio", [1e-6] * 30, layer="conv1", every=20)
+
+    (alert,) = check(LearningRateTooLowRule(), tiny(2.25))
+    assert (alert.severity, alert.evidence["same_batch"]) == ("warning", 0)
+    assert "not recognised" in alert.message
+    assert check(LearningRateTooLowRule(), tiny(1.5))[0].severity == "info"
+    assert check(LearningRateTooLowRule(), tiny(1.0)) == []
+
+
+def test_it_clears_only_well_below_the_threshold():
+    wavering = slow(ratio=0.965)
+    assert check(LearningRateTooLowRule(), wavering) == []
+    assert len(check(LearningRateTooLowRule(), wavering, {("learning_rate_too_low", None): "warning"})) == 1
+
+
+def test_few_probes_are_not_enough():
+    history = run_of([2.3] * 600)
+    write(history, "step_ratio", [0.999] * 2, start=300, every=100)
+    assert check(LearningRateTooLowRule(), history) == []
+
+
+def test_wrong_thresholds_are_refused():
+    with pytest.raises(ArgumentError, match="`ratio`"):
+        LearningRateTooLowRule(ratio=97)

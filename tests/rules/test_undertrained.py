@@ -1,0 +1,160 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_interp.errors import ArgumentError
+from lightning_interp.rules import History, UndertrainedRule
+from lightning_interp.rules._curve import forecast
+from tests.rules.writing import check, healthy, run_of, write
+
+STEPS = 600
+SEEDS = range(20)
+
+CUT_SHORT = {
+    "exponential, cut at its time constant": lambda t: 0.05 + 2.25 * math.exp(-t / STEPS),
+    "straight": lambda t: 2.3 - t / STEPS,
+    "power": lambda t: 2.3 * (1 + t / 400) ** -0.8,
+}
+DONE = {
+    "converged": lambda t: 0.05 + 2.25 * math.exp(-t / 75),
+    "converged far above zero": lambda t: 1.2 + 1.1 * math.exp(-t / 75),
+    "never learned": lambda t: math.log(10),
+    "near zero": lambda t: 0.3 * math.exp(-t / 100),
+    "rising": lambda t: 1 + t / STEPS,
+    "slow power": lambda t: 2.3 * (t + 1) ** -0.3,
+}
+
+
+def curve(law, noise, seed, *, steps=STEPS, finished=True, planned=STEPS):
+    generator = np.random.default_rng(seed)
+    losses = [max(1e-3, law(t) + noise * generator.standard_normal()) for t in range(steps)]
+    return run_of(losses, finished=finished, planned=planned)
+
+
+@pytest.mark.parametrize("law", CUT_SHORT.values(), ids=CUT_SHORT)
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_a_curve_that_is_still_falling_fires_on_every_seed(law, noise):
+    for seed in SEEDS:
+        (alert,) = check(UndertrainedRule(), curve(law, noise, seed))
+        assert (alert.severity, alert.cause) == ("warning", "too few steps")
+
+
+@pytest.mark.parametrize("law", DONE.values(), ids=DONE)
+@pytest.mark.parametrize("noise", [0.0, 0.05, 0.3])
+def test_a_curve_that_is_done_is_silent_on_every_seed(law, noise):
+    for seed in SEEDS:
+        assert check(UndertrainedRule(), curve(law, noise, seed)) == []
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.4])
+def test_noise_that_hangs_together_is_no_trend(noise):
+    """A plateau whose noise is a slow random process, as with epochs of different difficulty."""
+    for seed in SEEDS:
+        generator, losses, state = np.random.default_rng(seed), [], 0.0
+        for _ in range(STEPS):
+            state = 0.9 * state + noise * math.sqrt(1 - 0.81) * generator.standard_normal()
+            losses.append(1.2 + state)
+        losses[0] = 2.3
+        assert check(UndertrainedRule(), run_of(losses, finished=True)) == []
+
+
+def test_healthy_and_empty_runs_are_silent():
+    assert check(UndertrainedRule(), healthy()) == []
+    assert check(UndertrainedRule(), History()) == []
+
+
+def test_before_the_end_it_is_information_from_nine_tenths_on():
+    law = CUT_SHORT["straight"]
+    assert check(UndertrainedRule(), curve(law, 0.0, 0, steps=530, finished=False)) == []
+    (alert,) = check(UndertrainedRule(), curve(law, 0.0, 0, steps=545, finished=False))
+    assert alert.severity == "info"
+
+
+def test_an_interrupted_run_is_not_judged():
+    assert check(UndertrainedRule(), curve(CUT_SHORT["straight"], 0.0, 0, steps=300, finished=False)) == []
+    endless = curve(CUT_SHORT["straight"], 0.0, 0, finished=False, planned=math.inf)
+    assert check(UndertrainedRule(), endless) == []
+
+
+def test_a_long_run_is_fitted_to_merged_losses():
+    (alert,) = check(UndertrainedRule(), curve(lambda t: 2.3 - t / 20000, 0.2, 0, steps=20000))
+    assert alert.evidence["loss"] == pytest.approx(1.3, abs=0.1)
+
+
+def test_deaths_explain_a_high_loss():
+    history = curve(CUT_SHORT["straight"], 0.0, 0)
+    write(history, "dead_fraction", [0.0, 0.3], layer="conv1", every=300)
+    assert check(UndertrainedRule(), history) == []
+
+
+def test_a_too_high_rate_explains_a_high_loss():
+    history = curve(lambda t: 3.5 - t / STEPS, 0.0, 0)
+    write(history, "loss_before", [3.5] * 5)
+    write(history, "loss_after", [20.0] * 5)
+    assert check(UndertrainedRule(), history) == []
+
+
+def test_a_too_low_rate_is_given_as_the_cause():
+    history = curve(CUT_SHORT["straight"], 0.0, 0)
+    write(history, "step_ratio", [0.999] * 30, every=20)
+    write(history, "learning_rate", [1e-5] * 30, every=20)
+    (alert,) = check(UndertrainedRule(), history)
+    assert alert.cause == "learning rate too low"
+
+
+def test_nan_is_another_matter():
+    history = curve(CUT_SHORT["straight"], 0.0, 0)
+    history.record("loss", math.nan, step=STEPS)
+    assert check(UndertrainedRule(), history) == []
+
+
+def test_without_a_cross_entropy_the_first_loss_is_the_measure():
+    losses = [100 - 85 * step / STEPS for step in range(STEPS)]
+    assert check(UndertrainedRule(), run_of(losses, classes=None, finished=True)) == []  # 15 of 100 are left
+    losses = [100 - 50 * step / STEPS for step in range(STEPS)]
+    assert len(check(UndertrainedRule(), run_of(losses, classes=None, finished=True))) == 1
+
+
+def test_few_steps_are_not_judged():
+    assert check(UndertrainedRule(), curve(CUT_SHORT["straight"], 0.0, 0, steps=20)) == []
+
+
+def test_it_clears_when_training_goes_on():
+    history = curve(CUT_SHORT["straight"], 0.0, 0)
+    history.finished = False
+    history.note("planned_steps", 10 * STEPS)
+    assert check(UndertrainedRule(), history, {("undertrained", None): "warning"}) == []
+
+
+def test_wrong_thresholds_are_refused():
+    with pytest.raises(ArgumentError, match="`fall`"):
+        UndertrainedRule(fall=20)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    exponent=st.floats(0.1, 3.0),
+    scale=st.floats(0.1, 5.0),
+    floor=st.floats(0.0, 3.0),
+    steps=st.integers(40, 2000),
+)
+def test_forecast_recovers_a_power_law(exponent, scale, floor, steps):
+    """Closed form: L(T) and L(3T) of the law itself; what is left is the grid of exponents and the blocks."""
+    times = np.arange(steps // 2, steps + 1, dtype=float)
+    losses = floor + scale * (times / steps) ** -exponent
+    result = forecast(times, losses)
+    assert result.now == pytest.approx(floor + scale, abs=0.02 * (losses[0] - floor))
+    assert result.later == pytest.approx(floor + scale * 3**-exponent, abs=0.05 * (losses[0] - floor))
+
+
+@settings(max_examples=50, deadline=None)
+@given(losses=st.lists(st.floats(0, 100), min_size=16, max_size=80), factor=st.floats(0.1, 10))
+def test_forecast_falls_and_scales_with_the_losses(losses, factor):
+    times = np.arange(len(losses), 2 * len(losses), dtype=float)
+    result, scaled = forecast(times, np.array(losses)), forecast(times, factor * np.array(losses))
+    assert 0 <= result.later <= result.now + 1e-9
+    assert scaled.now == pytest.approx(factor * result.now, rel=1e-6, abs=1e-9)
+    assert scaled.later == pytest.approx(factor * result.later, rel=1e-3, abs=1e-6)
