@@ -10,7 +10,7 @@ FIGURES := .venv/.figures
 OLDEST := .venv-oldest/.done
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-fast test-gpu test-oldest lint types layers doctest check wheel-test figures clean
+.PHONY: demo test test-fast test-gpu test-oldest lint types layers doctest check wheel-test figures layout clean
 
 demo: $(BASE)  ## train the demo's three networks, then say how to look at them
 	$(BIN)/lightning-interp demo
@@ -49,6 +49,9 @@ wheel-test: $(DEV)  ## the wheel works without the source tree
 
 figures: $(FIGURES)  ## the screenshots of the README, from real runs (needs a Chromium)
 	$(BIN)/python examples/figures.py
+
+layout:  ## the list of files in CONTRIBUTING.md
+	$(PYTHON) docs/layout.py
 
 clean:
 	rm -rf .venv .venv-oldest dist build

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -38,6 +39,17 @@ def check_number(argument: str, value: Any, *, low: float, high: float) -> None:
     """Refuses everything but a number in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise expected(argument, f"a number in [{low:g}, {high:g}]", value)
+
+
+def check_numbers(argument: str, value: Any, *, positive: bool = False) -> None:
+    """Refuses everything but None and a non-empty sequence of finite numbers, above 0 where `positive`."""
+    if value is None:
+        return
+    listed = isinstance(value, Iterable) and not isinstance(value, str)
+    numbers = list(value) if listed else []
+    right = all(isinstance(item, int | float) and not isinstance(item, bool) and math.isfinite(item) for item in numbers)
+    if not numbers or not right or (positive and min(numbers) <= 0):
+        raise expected(argument, f"a list of {'positive ' if positive else ''}numbers or None", value)
 
 
 def check_bool(argument: str, value: Any) -> None:

@@ -55,21 +55,21 @@ def test_version_costs_nothing_either():
     assert run(code).split() == [lightning_interp.__version__, "False"]
 
 
-@pytest.mark.parametrize("heavy", ["sklearn", "matplotlib", "torchvision"])
-def test_callbacks_load_what_is_heavy_only_when_it_is_needed(heavy):
+def test_callbacks_load_what_is_heavy_only_when_it_is_needed():
     """A script that adds `Interp()` does not pay for plots that it never asks for.
 
-    Lightning itself may load them (torchmetrics does, where they are installed): only what comes on top is ours.
+    Lightning itself loads some of it where it is installed: only what comes on top is ours.
     """
     code = (
         "import sys, pytorch_lightning, lightning.pytorch\n"
-        f"before = {heavy!r} in sys.modules\n"
+        "before = {*sys.modules}\n"
         "from lightning_interp import Interp\n"
         "Interp()\n"
-        f"print(before, {heavy!r} in sys.modules)"
+        "print(*{name.split('.')[0] for name in {*sys.modules} - before})"
     )
-    before, after = run(code).split()
-    assert before == after
+    loaded = set(run(code).split())
+    assert "lightning_interp" in loaded
+    assert loaded & HEAVY == set()
 
 
 def test_unknown_name_is_an_attribute_error():

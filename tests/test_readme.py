@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 import lightning_interp
+from lightning_interp.rules import default_rules
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -37,6 +38,31 @@ def test_yaml_blocks_name_what_exists():
             package, name = callback["class_path"].rsplit(".", 1)
             assert package == "lightning_interp"
             getattr(lightning_interp, name)(**callback.get("init_args", {}))
+
+
+def test_table_of_callbacks_names_what_they_log():
+    """Every tag in the table belongs to a quantity that its callback provides."""
+    rows = re.findall(r"^\| `([A-Z]\w+)` \| (`interp.+?) \|", README, flags=re.MULTILINE)
+    assert len(rows) == 5
+    for name, tags in rows:
+        provides = getattr(lightning_interp, name).provides
+        for tag in re.findall(r"`interp[./](\w+)`", tags):
+            assert tag.startswith(provides), f"{name} does not log {tag}"
+
+
+def test_table_of_alerts_names_the_default_rules():
+    """All of them, and no other."""
+    table = README.split("## The alerts")[1].split("\n## ")[0]
+    assert {rule.name for rule in default_rules()} == set(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE))
+
+
+def test_layout_lists_every_file():
+    """CONTRIBUTING has a line for each file of the package; `make layout` writes them."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    listed = set(re.findall(r"^\| `(lightning_interp/\S+\.py)` \|", text, flags=re.MULTILINE))
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / "lightning_interp").rglob("*.py")}
+    assert listed - files == set()
+    assert files - listed == set()
 
 
 def test_links_to_files_lead_somewhere():

@@ -48,12 +48,11 @@ def planned_steps(trainer: Any) -> float:
 def log_directory(trainer: Any) -> str | None:
     """Where a run's files belong: beside its TensorBoard events, else the first logger's folder, else nowhere.
 
-    Must be called on all ranks: Lightning broadcasts the path.
+    Not `trainer.log_dir`, which is a collective: a rank that failed before would be waited for. So only rank zero knows
+    the right version of the folder, and only rank zero may write there.
     """
     if trainer.fast_dev_run or not trainer.loggers:
         return None
-    directory = trainer.log_dir
-    for logger in trainer.loggers:
-        if is_tensorboard(logger):
-            return str(logger.log_dir)
+    logger = next((logger for logger in trainer.loggers if is_tensorboard(logger)), trainer.loggers[0])
+    directory = getattr(logger, "log_dir", None) or logger.save_dir
     return None if directory is None else str(directory)

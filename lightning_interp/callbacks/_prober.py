@@ -150,12 +150,12 @@ def accumulates(trainer: Any) -> bool:
 
 def single_loss(outputs: Any) -> Tensor | None:
     """The loss in what Lightning hands back of a training step, as a 0-d tensor; None if it is not one number."""
-    value = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return torch.tensor(float(value))
-    if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
-        return value.detach().reshape(())
-    return None
+    value = outputs.get("loss") if isinstance(outputs, (dict, Mapping)) else outputs
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            return None
+        return value.detach() if value.ndim == 0 else value.detach().reshape(())
+    return torch.tensor(float(value)) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _gradient_scale(trainer: Any, optimizer: Any) -> float:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_interp.callbacks._lightning import Trainer
+from lightning_interp.callbacks._lightning import Trainer, axis_step, planned_steps
 from lightning_interp.rules.history import History
 
 
 def fingerprint(history: History) -> object:
-    """Changes whenever something was recorded or noted, so that no rule is asked twice about the same numbers."""
-    return history.finished, dict(history.facts), {key: series.last for key, series in history.series.items()}
+    """Changes with every step, and whenever something was recorded or noted: no rule is asked twice about the same."""
+    return history.finished, history.step, dict(history.facts), {key: series.last for key, series in history.series.items()}
 
 
 def adopt(history: History, state: dict[str, Any]) -> None:
@@ -30,4 +30,6 @@ def ended_as_planned(trainer: Trainer) -> bool:
     """Whether the limit of steps or epochs was reached; False if someone stopped the training before."""
     by_steps = trainer.max_steps is not None and 0 <= trainer.max_steps <= trainer.global_step
     by_epochs = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch
-    return by_steps or by_epochs
+    # An epoch counts as done for Lightning even if it was cut short.
+    cut_short = trainer.should_stop and axis_step(trainer) < planned_steps(trainer)
+    return by_steps or (by_epochs and not cut_short)

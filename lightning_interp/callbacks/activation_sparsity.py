@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_interp._options import check_bool, check_positive_int, check_strings, select, spread
+from lightning_interp._options import check_bool, check_numbers, check_positive_int, select, spread
 from lightning_interp.callbacks._lightning import LightningModule, Trainer
 from lightning_interp.callbacks.base import InterpCallback, OnError
 from lightning_interp.callbacks.batches import UnreadableError
@@ -89,7 +90,8 @@ class ActivationSparsity(InterpCallback):
         )
         check_bool("maps", maps)
         check_positive_int("num_samples", num_samples)
-        check_strings("layers", layers)
+        check_numbers("mean", mean)
+        check_numbers("std", std, positive=True)
         self.maps = maps
         self.num_samples = num_samples
         self.mean = None if mean is None else list(mean)
@@ -130,15 +132,17 @@ class ActivationSparsity(InterpCallback):
         session = Session.of(trainer)
         if self._sampled(trainer, batch_idx) and not session.observer.compiled:
             self._observer = session.observer
-            self._observer.open(self._read, None if self.layers is None else self._wanted(session))
+            self._observer.open(self._read)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Takes the reader off; reports the first batch, and what a step schedule makes due."""
+        """Takes the reader off; reports the first step, and what a step schedule makes due."""
         observer, self._observer = self._observer, None
         if observer is not None:
             observer.close_reader(self._read)
+        if trainer.fit_loop._should_accumulate():
+            return  # the batches of one step make one point
         step = self.step_of(trainer)
         first, self._shown_first = not self._shown_first and step == 0, True
         due = self.step_due(trainer, step)
@@ -174,24 +178,23 @@ class ActivationSparsity(InterpCallback):
             )
         return step == 0 or self.step_due(trainer, step)
 
-    def _wanted(self, session: Session) -> list[str] | None:
-        """The chosen units, or None as long as none are known."""
-        known = list(session.observer.units)
-        return select("layers", self.layers, known) if known else None
+    def _wanted(self, unit: str) -> bool:
+        return self.layers is None or any(fnmatchcase(unit, pattern) for pattern in self.layers)
 
     def _read(self, end: End) -> None:
-        if end.activation is not None:
+        if end.activation is not None and self._wanted(end.unit):
             channels = end.layout.channels_first(end.tensor)
             self._fractions.setdefault(end.unit, []).append(zero_fraction(channels))
 
     def _report(self, trainer: Trainer, *, step: int) -> None:
         fractions, self._fractions = self._fractions, {}
-        if self.layers is not None:
-            fractions = {name: fractions[name] for name in select("layers", self.layers, list(fractions))}
         if not fractions:
             return
-        # One transfer for all layers.
-        means = {name: torch.stack(batches).mean(dim=0) for name, batches in fractions.items()}
+        # One transfer for all layers. What a checkpoint brought back lies on the CPU.
+        means = {
+            name: torch.stack([batch.to(batches[-1].device) for batch in batches]).mean(dim=0)
+            for name, batches in fractions.items()
+        }
         flat = torch.cat(list(means.values())).double().cpu()
         parts = torch.split(flat, [len(mean) for mean in means.values()])
         by_layer = dict(zip(means, parts, strict=True))
@@ -219,6 +222,19 @@ class ActivationSparsity(InterpCallback):
         if not self.quiet:
             self.publish(trainer, {"interp/sparsity_mean": self._sparsity})
 
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was sampled since the last report."""
+        fractions = {name: [batch.cpu() for batch in batches] for name, batches in self._fractions.items()}
+        return {"version": 1, "fractions": fractions, "shown_first": self._shown_first, "sparsity": self._sparsity}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self._fractions = {name: list(batches) for name, batches in state_dict["fractions"].items()}
+        self._shown_first = state_dict["shown_first"]
+        self._sparsity = state_dict["sparsity"]
+
     # ------------------------------------------------------------------ pictures
 
     def _show_maps(self, trainer: Trainer, pl_module: LightningModule, *, step: int) -> None:
@@ -243,8 +259,8 @@ class ActivationSparsity(InterpCallback):
         colours = denormalise(images, self.mean, self.std) if images.ndim == _IMAGE_AXES else [None] * len(images)
         for index, image in enumerate(colours):
             quantity = "activation_maps" if len(colours) == 1 else f"activation_maps_{index}"
-            chosen = self.choose_layers(list(maps.by_unit))
-            pictures = {name: partial(_picture, maps.by_unit[name][index], image) for name in chosen}
+            chosen = {name: values for name, values in maps.by_unit.items() if self._wanted(name)}
+            pictures = {name: partial(_picture, values[index], image) for name, values in chosen.items()}
             self.log_pictures(trainer, quantity, pictures, step=step)
 
 

@@ -135,7 +135,8 @@ class Alerts(Family):
         if trainer.is_global_zero:
             self._outlets = Outlets(session.directory, self.history, self.notify, self.say_once)
             self._written_step = self.step_of(trainer)
-            self.write(trainer, self._counts())
+            if self._written_step == 0:  # after a resume, the counts have been written
+                self.write(trainer, self._counts())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -228,6 +229,7 @@ class Alerts(Family):
 
     def _agree(self, trainer: Trainer, worst: Alert | None) -> bool:
         """Whether to stop or raise: what rank zero says, on all ranks."""
+        self._met = True
         decision = worst is not None and self.on_alert != "log"
         if self.on_alert == "log" or trainer.world_size == 1:
             return decision

@@ -73,6 +73,7 @@ def _guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
         if self.resting and name not in _ALWAYS:
             return self.while_resting(name, trainer)
         self._depth += 1
+        self._met = False
         started = time.perf_counter()
         try:
             result = hook(self, trainer, *args, **kwargs)
@@ -82,6 +83,8 @@ def _guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
             raise
         except Exception as error:
             self._rest(error, name)
+            if not self._met:  # the other ranks may wait for this one in this very hook
+                self.while_resting(name, trainer)
         finally:
             self._depth -= 1
             self.seconds += time.perf_counter() - started
@@ -158,6 +161,7 @@ class InterpCallback(CallbackBase):
         self.resting = False
         self.seconds = 0.0
         self._depth = 0
+        self._met = False  # whether the ranks have agreed within the current hook
         self._outbox: list[Record] = []
         self._said: set[str] = set()
 

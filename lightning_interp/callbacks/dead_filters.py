@@ -86,6 +86,7 @@ class DeadFilters(InterpCallback):
 
     def _reset(self) -> None:
         self._first_done = False
+        self._use_validation = False
         self._agreed_to_rest = False
         self._window = Window()
         self._started_at = 0
@@ -118,13 +119,11 @@ class DeadFilters(InterpCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Chooses the split, and goes on with an open window after a resume."""
-        has_validation = trainer.enable_validation and bool(sum(_finite(n) for n in trainer.num_val_batches))
-        self._use_validation = self.split == "val" or (self.split == "auto" and has_validation)
-        if self.split == "val" and not has_validation:
+        self._choose_split(trainer)
+        if self.split == "val" and not self._use_validation:
             self.say_once(
                 'DeadFilters(split="val") has no validation to watch; it watches the training batches instead.'
             )
-            self._use_validation = False
         if self._restored is not None:
             self._window.load_state_dict(self._restored)
             self._partial = trainer.world_size > 1 and self._window.forwards > 0
@@ -136,8 +135,12 @@ class DeadFilters(InterpCallback):
                 f"{self._eager.num_samples} fixed samples at the end of each window, and is exact over these."
             )
             if not self._first_done:
-                self._close(trainer, pl_module, step=0)
+                self._close(trainer, pl_module, step=self.step_of(trainer))
         self._publish(trainer)
+
+    def _choose_split(self, trainer: Trainer) -> None:
+        has_validation = trainer.enable_validation and bool(sum(_finite(n) for n in trainer.num_val_batches))
+        self._use_validation = self.split != "train" and has_validation
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Opens the reader on batches that can still prove something."""
@@ -207,7 +210,10 @@ class DeadFilters(InterpCallback):
         """The same on all ranks: it depends on the trainer's counters only."""
         if trainer.fit_loop._should_accumulate():
             return False
-        return not self._first_done or self.step_of(trainer) + 1 - self._started_at >= self.window_steps
+        # With the last batch, not at the epoch's end: Lightning takes checkpoints in between, and after a resume from one
+        # of them that end never comes.
+        full = self.step_of(trainer) + 1 - self._started_at >= self.window_steps
+        return not self._first_done or full or _is_last_batch(trainer)
 
     def _epoch_window_open(self, trainer: Trainer) -> bool:
         return self._first_done and self.step_of(trainer) > self._started_at
@@ -225,7 +231,8 @@ class DeadFilters(InterpCallback):
 
     def _close(self, trainer: Trainer, pl_module: LightningModule, *, step: int) -> None:
         """Ends the window: reduces it over ranks, updates the histories, logs."""
-        first, self._first_done = not self._first_done, True
+        opening, self._first_done = not self._first_done, True
+        first = opening and step == 0  # later if the callback joined a run that was resumed: nobody saw the birth
         partial, self._partial = self._partial, False
         observer = Session.of(trainer).observer
         error: Exception | None = None
@@ -236,15 +243,20 @@ class DeadFilters(InterpCallback):
             packed = self._window.pack(names, observer.units)
         except Exception as problem:  # raised again once the ranks know
             error, packed, names = problem, torch.empty(0), []
+        self._met = True
         if not _ranks.agree(trainer, ready=error is None, size=packed.numel()):
             self._agreed_to_rest = True
             raise error or RuntimeError("another rank failed, or saw other layers than this one")
         dead, scores = self._window.unpack(packed, names, observer.units, trainer)
         # The first window is also the beginning of the first epoch's: what has fired in it need not fire again.
-        goes_on = first and not self._use_validation and self._eager is None and self.window_steps > 1
+        goes_on = opening and not self._use_validation and self._eager is None and self.window_steps > 1
+        goes_on = goes_on and not _is_last_batch(trainer)
         if not goes_on:
             self._window = Window()
-            self._started_at = step + 1
+            # An eager pass at the start comes before the step, all others after it.
+            self._started_at = step if opening and self._eager is not None else step + 1
+        elif step:
+            self._started_at = step
         self._log(trainer, dead, scores, step=step, first=first, partial=partial)
 
     def while_resting(self, hook: str, trainer: Trainer) -> None:
@@ -252,7 +264,12 @@ class DeadFilters(InterpCallback):
         if trainer.world_size == 1 or self._agreed_to_rest:
             return
         on_training = not (self._first_done and self._use_validation)
+        opens = False
+        if hook == "on_train_start":
+            self._choose_split(trainer)
+            opens = not self._first_done and Session.begin(trainer, trainer.lightning_module).observer.compiled
         closes = {
+            "on_train_start": opens,
             "on_train_batch_end": on_training and self._train_window_ends(trainer),
             "on_validation_epoch_end": self._use_validation,
             "on_train_epoch_end": not self._use_validation and self._epoch_window_open(trainer),
@@ -337,6 +354,10 @@ class DeadFilters(InterpCallback):
 def _matching(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
 
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _is_last_batch(trainer: Trainer) -> bool:
+    return bool(trainer.fit_loop.epoch_loop._num_ready_batches_reached())
 
 
 def _finite(count: float) -> float:

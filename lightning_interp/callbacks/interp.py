@@ -65,7 +65,7 @@ def standard_callbacks(  # noqa: PLR0913 - options, by keyword
     alerts = Alerts(
         on_alert=on_alert,
         min_severity=min_severity,
-        mute=None if mute is None else list(mute),
+        mute=mute,
         name=name,
         on_error=on_error,
     )

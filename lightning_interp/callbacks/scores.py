@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ __all__ = ["ScoreModel", "UnreadableError", "class_probabilities", "read_scores"
 SCORE_KEYS = ("logits", "logit", "scores", "score", "output", "outputs", "out", "prediction", "predictions", "y_hat")
 _WAY_OUT = "Give the LightningModule a method `interp_scores(images)` that returns (N, classes)."
 
-Module = TypeVar("Module", bound=nn.Module)
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class ScoreModel(nn.Module):
@@ -41,6 +41,7 @@ class ScoreModel(nn.Module):
     """
 
     module: nn.Module
+    _copies: dict[str, Tensor]
 
     def __init__(self, module: nn.Module) -> None:
         """Wraps a module.
@@ -59,12 +60,17 @@ class ScoreModel(nn.Module):
         Raises:
             UnreadableError: If the module can't be called with images, or no scores are found in its output.
         """
-        dtype = _floating_dtype(self.module)
-        if images.is_floating_point() and dtype is not None:
-            images = images.to(torch.float32 if self._copies else dtype)
-        output = self._call(images)
+        try:
+            output = self._call(images)
+        except (torch.OutOfMemoryError, UnreadableError):
+            raise
+        except Exception as error:
+            raise UnreadableError(
+                f"Calling {type(self.module).__name__} with images {tuple(images.shape)} raised "
+                f"{type(error).__name__}: {error}. {_WAY_OUT}"
+            ) from error
         scores = read_scores(output, len(images))
-        return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+        return scores.float() if scores.dtype in _HALF else scores
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -74,17 +80,13 @@ class ScoreModel(nn.Module):
 
     def _call(self, images: Tensor) -> Any:
         caller = _Caller(self.module)
-        try:
-            if self._copies:
-                return torch.func.functional_call(caller, self._copies, (images,))
-            return caller(images)
-        except (torch.OutOfMemoryError, UnreadableError):
-            raise
-        except Exception as error:
-            raise UnreadableError(
-                f"Calling {type(self.module).__name__} with images {tuple(images.shape)} raised "
-                f"{type(error).__name__}: {error}. {_WAY_OUT}"
-            ) from error
+        if self._copies:
+            try:
+                return torch.func.functional_call(caller, self._copies, (images.float(),))
+            except RuntimeError:  # a forward that casts by itself, to `self.dtype` for example
+                self._copies.clear()
+        dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), images.dtype)
+        return caller(images.to(dtype) if images.is_floating_point() else images)
 
 
 class _Caller(nn.Module):
@@ -216,16 +218,12 @@ def _multi_label(scores: Tensor, labels: Tensor | None) -> bool:
     return not torch.allclose(labels.double().sum(dim=1), torch.ones((), dtype=torch.float64, device=labels.device))
 
 
-def _floating_dtype(module: nn.Module) -> torch.dtype | None:
-    return next((tensor.dtype for tensor in module.parameters() if tensor.is_floating_point()), None)
-
-
 def _float32_copies(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers in float32 under the names that `_Caller` gives them; empty where none is in half."""
     tensors = dict([*module.named_parameters(), *module.named_buffers()])
-    half = (torch.float16, torch.bfloat16)
-    if not any(parameter.dtype in half for parameter in module.parameters()):
+    if not any(parameter.dtype in _HALF for parameter in module.parameters()):
         return {}
     return {
-        f"module.{name}": tensor.detach().float() if tensor.dtype in half else tensor for name, tensor in tensors.items()
+        f"module.{name}": tensor.detach().float() if tensor.dtype in _HALF else tensor
+        for name, tensor in tensors.items()
     }

@@ -99,14 +99,13 @@ class Window:
     def pack(self, names: list[str], units: Units) -> Tensor:
         """All evidence as one flat float64 vector, the same length on all ranks: a rank may have seen no batch."""
         alive, sums = self._liveness.alive(), self._magnitude.sums()
-        if self._known is not None:
-            alive = {name: mask for name, mask in alive.items() if name in self._known}
         parts = []
         for name in names:
             count = units[name].num_filters
+            judged = self._known is None or name in self._known
             total, values = sums.get(name, (torch.zeros(count, dtype=torch.float64), 0))
             mask = alive.get(name, torch.zeros(count, dtype=torch.bool))
-            parts += [torch.tensor([float(name in alive), float(values)]), mask.double(), total]
+            parts += [torch.tensor([judged and name in alive, judged and values]), mask.double(), total]
         return torch.cat([part.double() for part in parts]) if parts else torch.empty(0, dtype=torch.float64)
 
     def unpack(

@@ -106,7 +106,8 @@ def dormancy_scores(magnitudes: Tensor) -> Tensor:
         magnitudes: (C,), mean absolute activation of each channel; the mean is over inputs and positions.
 
     Returns:
-        (C,), float64, unitless, at least 0; 1 is an average channel, all 0 where the whole layer is silent.
+        (C,), float64, unitless, at least 0; 1 is an average channel, all 0 where the whole layer is silent, all NaN
+        where a magnitude is NaN or infinite: nothing can be said then.
 
     Source: Sokar et al. 2023 (arXiv 2302.12902), equation 1: a unit is tau-dormant if its score is at most tau.
 
@@ -116,4 +117,6 @@ def dormancy_scores(magnitudes: Tensor) -> Tensor:
     """
     magnitudes = magnitudes.double()
     mean = magnitudes.mean()
+    if not mean.isfinite():
+        return torch.full_like(magnitudes, torch.nan)
     return magnitudes / mean if mean > 0 else torch.zeros_like(magnitudes)

@@ -59,6 +59,8 @@ def reshaped(layout: Layout, old: Sequence[int], new: Sequence[int]) -> Layout |
     after = layout.inner * math.prod(old[layout.axis + 1 :])
     if math.prod(old) == 0:
         return None
+    if layout.width == 1 and new:  # a single channel is everything, however it is cut
+        return layout._replace(axis=0, outer=new[0], inner=1)
     lead = 1
     for axis, size in enumerate(new):
         tail = math.prod(new[axis + 1 :])
@@ -76,15 +78,21 @@ def permuted(layout: Layout, name: str, ndim: int, args: tuple[Any, ...], kwargs
     else:
         first = args[0] if args else kwargs.get("dim0", kwargs.get("axis0", kwargs.get("source")))
         second = args[1] if len(args) > 1 else kwargs.get("dim1", kwargs.get("axis1", kwargs.get("destination")))
-        if not isinstance(first, int) or not isinstance(second, int):
-            return None
-        first, second = first % ndim, second % ndim
-        order = list(range(ndim))
         if name == "movedim":
-            order.insert(second, order.pop(first))
+            order = _after_movedim(ndim, first, second)
+        elif not isinstance(first, int) or not isinstance(second, int):
+            return None  # named axes
         else:
+            order = list(range(ndim))
             order[first], order[second] = order[second], order[first]
     return layout._replace(axis=order.index(layout.axis)) if sorted(order) == list(range(ndim)) else None
+
+
+def _after_movedim(ndim: int, source: int | Sequence[int], destination: int | Sequence[int]) -> list[int]:
+    sources, targets = ((ends,) if isinstance(ends, int) else ends for ends in (source, destination))
+    moved = {target % ndim: origin % ndim for origin, target in zip(sources, targets, strict=True)}
+    others = iter([axis for axis in range(ndim) if axis not in moved.values()])
+    return [moved[axis] if axis in moved else next(others) for axis in range(ndim)]
 
 
 def reduced(layout: Layout, ndim: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Layout | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +45,8 @@ class _StoppingTracer(ActivationTracer):
     """Leaves the forward with the first activation of one unit."""
 
     def __init__(self, model: nn.Module, unit: Unit, units: Units) -> None:
-        super().__init__(model, _ignore, units=units, follow=set(unit.layers))
+        # Follows all layers: what a shortcut adds must be known as a map, or the sum is not seen.
+        super().__init__(model, _ignore, units=units)
         self._wanted = unit.name
 
     def _hand_over(self, strand: Strand, activation: str | None, tensor: Tensor) -> None:
@@ -53,7 +55,10 @@ class _StoppingTracer(ActivationTracer):
 
 
 def find_units(model: nn.Module, images: Tensor) -> Units:
-    """All layers with filters that the forward of these images reaches; the model must be kept undisturbed outside."""
+    """All layers with filters that the forward of these images reaches; the model must be kept undisturbed outside.
+
+    Two images at least: what has one entry on the axis of the images counts as a constant of the model.
+    """
     units: Units = {}
     with torch.no_grad(), ActivationTracer(model, _ignore, units=units) as tracer:
         output = model(images)
@@ -74,7 +79,9 @@ def check_layer(model: nn.Module, layer: str, units: Units) -> None:
         select("layer", [layer], names)  # raises
 
 
-def reach(model: nn.Module, images: Tensor, layer: str, units: Units) -> Reached:
+def reach(
+    model: nn.Module, images: Tensor, layer: str, units: Units, *, call: Callable[[Tensor], Any] | None = None
+) -> Reached:
     """The activation of `layer`: of its filters where it has any, else what the module returns.
 
     The forward is left there: what comes behind costs nothing and may not even fit.
@@ -84,22 +91,23 @@ def reach(model: nn.Module, images: Tensor, layer: str, units: Units) -> Reached
         images: (N, ...).
         layer: Name of a unit or a module.
         units: From `find_units`.
+        call: How to run the model, if not by calling it.
 
     Raises:
         RuntimeError: If the forward does not get there.
     """
-    unit = units.get(layer)
+    unit, call = units.get(layer), model if call is None else call
     try:
         if unit is not None and unit.counts:
             with _StoppingTracer(model, unit, dict(units)) as tracer:
-                output = model(images)
+                output = call(images)
             del output
             if tracer.error is not None:
                 raise tracer.error
         else:
             handle = _stop_behind(model.get_submodule(layer))
             try:
-                model(images)
+                call(images)
             finally:
                 handle.remove()
     except _Stop as stop:

@@ -89,17 +89,18 @@ class LearningRateTooHighRule(Rule):
 
     def check(self, history: History, active: Collection[Key]) -> Iterable[Alert]:
         """One alert for the run, or none."""
-        relaxed = HELD if is_problem(severity_of(active, (self.name, None))) else 1.0
+        held = severity_of(active, (self.name, None))
+        level = self.recovered * (HELD if held == "critical" else 1.0)
         broken = broken_since(history)
         jump = self.find_jump(history, broken)
         if jump is None:
-            yield from self._collapsed(history, relaxed)
+            yield from self._collapsed(history, level)
             return
         loss, reference = recent_loss(history), reference_loss(history)
         judged = history.finished or steps_done(history) >= self.judge_step + max(0, jump.step - self.early_steps)
-        stuck = judged and loss is not None and reference is not None and loss > self.recovered * relaxed * reference
+        stuck = judged and loss is not None and reference is not None and loss > level * reference
         worst = max(deaths(history), key=lambda death: death.gain, default=Death("", 0.0, 0.0))
-        killed = worst.gain > self.dead_gain * relaxed
+        killed = worst.gain > self.dead_gain * (HELD if is_problem(held) else 1.0)
         if broken is None and not stuck and not killed and not judged:
             return
         severity: Severity = "critical" if broken is not None or stuck else "warning" if killed else "info"
@@ -126,9 +127,9 @@ class LearningRateTooHighRule(Rule):
             return batch_jump(history, broken - BEFORE_NAN, broken, self.jump)
         return jump
 
-    def _collapsed(self, history: History, relaxed: float) -> Iterable[Alert]:
+    def _collapsed(self, history: History, level: float) -> Iterable[Alert]:
         guess, loss = guess_loss(history), recent_loss(history)
-        lowest = collapsed_to(history, self.recovered * relaxed)
+        lowest = collapsed_to(history, level)
         if guess is None or loss is None or lowest is None or broken_since(history) is not None:
             return
         yield Alert(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import json
 
 import pytest
 import pytorch_lightning as pl
@@ -10,20 +10,21 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_interp.callbacks.training_dynamics import TrainingDynamics
-from lightning_interp.errors import InterpWarning
+from lightning_interp.callbacks.session import Session
 from tests.callbacks.dynamics_kit import (
     CHATTER,
     Binary,
     Checkpointed,
+    Manual,
     MixUp,
     Net,
     Noisy,
     Plain,
+    Watcher,
     fit,
     loader,
-    nothing_left,
     strict,
+    tame,
 )
 
 pytestmark = [pytest.mark.filterwarnings(message) for message in CHATTER]
@@ -153,20 +154,20 @@ class InPlace(Plain):
         return loss
 
 
-EXACT = [Plain, Split, Binary, MixUp, Criterion, Inside, InPlace, Checkpointed]
+EXACT = [Plain, Split, Binary, MixUp, Criterion, Inside, InPlace, Checkpointed, Manual]
 
 
-def _brute_force(make_model, watcher, step, *, micro=None):
-    """Loss before and after, and step ratio, from saved weights."""
+def _brute_force(make_model, watcher, batch_idx):
+    """Loss before and after, step ratio and predicted fall, from saved weights."""
     model = make_model().double()
-    batch = watcher.batches[step if micro is None else micro]
-    model.load_state_dict(watcher.before[step if micro is None else micro])
+    batch = watcher.batches[batch_idx]
+    model.load_state_dict(watcher.before[batch_idx])
     before = model.loss(batch)
     named = dict(model.named_parameters())
     gradients = torch.autograd.grad(before, list(named.values()))
-    model.load_state_dict(watcher.after[step if micro is None else micro])
+    model.load_state_dict(watcher.after[batch_idx])
     after = model.loss(batch)
-    moved = [named[n].detach() - watcher.before[step if micro is None else micro][n] for n in named]
+    moved = [named[n].detach() - watcher.before[batch_idx][n] for n in named]
     fall = -sum((g * m).sum().item() for g, m in zip(gradients, moved, strict=True))
     return before.item(), after.item(), (before.item() - after.item()) / fall, fall
 
@@ -201,7 +202,7 @@ def test_same_batch_losses_with_accumulation_are_those_of_the_last_micro_batch(c
     assert history.get("loss_before").steps == [0, 1, 2]
     ratios = dict(zip(history.get("step_ratio").steps, history.get("step_ratio").values, strict=True))
     for step, micro in enumerate([1, 3, 4]):
-        before, after, ratio, fall = _brute_force(Plain, watcher, step, micro=micro)
+        before, after, ratio, fall = _brute_force(Plain, watcher, micro)
         assert history.get("loss_before").values[step] == pytest.approx(before, rel=1e-9)
         assert history.get("loss_after").values[step] == pytest.approx(after, rel=1e-9)
         if fall > 0:
@@ -212,132 +213,81 @@ def test_same_batch_losses_with_accumulation_are_those_of_the_last_micro_batch(c
     assert history.get("loss").steps == [0, 1, 2]
 
 
-# ---------------------------------------------------------------------- where there is no step ratio
+# ---------------------------------------------------------------------- mixed precision, several processes
 
 
-class OwnLoss(Plain):
-    """A loss that is not one of torch's."""
+def _scaled(scale):
+    """A plugin that scales the loss as float16 does, on the CPU."""
+    plugin = pl.plugins.MixedPrecision("bf16-mixed", "cpu")
+    plugin.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    return plugin
+
+
+def test_gradient_scaler_changes_no_number():
+    """Losses, gradients and step ratios are those of the unscaled loss, with accumulation too."""
+    histories = []
+    for options in ({"precision": "bf16-mixed"}, {"plugins": [_scaled(1024.0)]}):
+        torch.manual_seed(0)
+        model = Plain(lambda p: torch.optim.SGD(p, lr=0.3))
+        histories.append(fit(model, strict(), accumulate_grad_batches=2, **options).history)
+    plain, scaled = histories
+    for quantity in ("loss", "loss_before", "loss_after", "step_ratio", "gradient_norm"):
+        assert len(scaled.get(quantity)) == 3, quantity
+        assert scaled.get(quantity).values == pytest.approx(plain.get(quantity).values, rel=2e-2), quantity
+
+
+class Steep(Plain):
+    """Gradients that overflow under a large scale, until the scaler has halved it a few times."""
 
     def loss(self, batch):
-        return (self(batch[0]).sum(dim=1) - batch[1]).abs().mean()
+        return 30 * super().loss(batch)
 
 
-class PartOnly(Plain):
-    """A part of the network is used in a way that can't be followed: running the rest alone would be wrong."""
-
-    def loss(self, batch):
-        hidden = self.net[0](batch[0])  # not a part that the LightningModule owns itself
-        return F.cross_entropy(self.net[3:](hidden), batch[1])
-
-
-class Edited(Plain):
-    """The step writes into its own batch after it was used."""
-
-    def loss(self, batch):
-        self.images = batch[0]
-        return super().loss(batch)
-
-    def on_after_backward(self):
-        self.images.add_(1.0)
+def test_steps_that_the_gradient_scaler_skips_are_left_out():
+    """The first ones of a run often are; they say nothing about any layer."""
+    watcher = fit(Steep(), strict(), loader(12), plugins=[_scaled(3e38)])
+    moved = [
+        step
+        for step, (before, after) in enumerate(zip(watcher.before, watcher.after, strict=True))
+        if not torch.equal(before["net.4.weight"], after["net.4.weight"])
+    ]
+    assert 0 not in moved
+    assert 11 in moved
+    assert watcher.history.get("update_norm", "net.4").steps == moved
+    assert watcher.history.layers("non_finite_step") == []
 
 
-class TwoBackwards(Plain):
-    """Manual optimisation with two losses: which of them moved the weights can't be told apart."""
+class Tell(pl.Callback):
+    """Compares with brute force in each process."""
 
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
+    def __init__(self, watcher, folder):
+        self.watcher, self.folder = watcher, folder
 
-    def training_step(self, batch, batch_idx):
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        loss = self.loss(batch)
-        self.manual_backward(loss, retain_graph=True)
-        self.manual_backward(0.5 * loss)
-        optimizer.step()
-        return loss
+    def on_train_end(self, trainer, pl_module):
+        history, per_step = Session.of(trainer).history, trainer.accumulate_grad_batches
+        ratios = history.get("step_ratio")
+        expected = [_brute_force(Plain, self.watcher, (step + 1) * per_step - 1)[2] for step in ratios.steps]
+        weights = pl_module.net[4].weight.detach().flatten().tolist()
+        rows = {"ratios": ratios.values, "expected": expected, "weights": weights, "losses": history.get("loss").values}
+        (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(rows))
 
 
-@pytest.mark.parametrize("make_model", [OwnLoss, PartOnly, Edited, TwoBackwards])
-def test_step_ratio_that_would_not_be_exact_is_left_out_without_a_word(make_model):
-    """Everything else is measured; warnings are errors in these tests."""
-    history = fit(make_model(), strict()).history
-    assert len(history.get("step_ratio")) == len(history.get("loss_after")) == 0
-    assert len(history.get("loss")) == 6
-    assert history.get("update_ratio", history.layers("update_ratio")[0]).steps == list(range(6))
-
-
-def test_second_forward_that_fails_costs_the_step_ratio_only():
-    """It is said once, and the run goes on with everything else."""
-
-    class Once(Plain):
-        calls = 0
-
-        def forward(self, x):
-            type(self).calls += 1
-            if self.calls == 4:
-                raise RuntimeError("no second time")
-            return self.net(x)
-
-    with pytest.warns(InterpWarning, match=r"a second time \(RuntimeError: no second time\)") as said:
-        history = fit(Once(), TrainingDynamics()).history
-    assert len([warning for warning in said if warning.category is InterpWarning]) == 1
-    assert history.get("loss_after").steps == [0]
-    assert history.get("gradient_norm").steps == list(range(6))
-
-
-@pytest.mark.parametrize("how", ["wrapped", "in place", "function"])
-def test_compiled_models_get_no_hook_and_no_mode_but_updates(how):
-    """A mode or a hook would make the compiler start again."""
-    model = Plain()
-    if how == "wrapped":
-        model.net = torch.compile(model.net, backend="eager")
-    elif how == "in place":
-        model.net.compile(backend="eager")
-    else:
-        model.net.forward = torch.compile(model.net.forward, backend="eager")
-    seen = []
-
-    class Look(pl.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            seen.append(nothing_left(pl_module))
-
-    history = fit(model, strict(), others=[Look()]).history
-    assert seen == [True] * 6
-    assert len(history.get("step_ratio")) == 0
-    assert history.get("gradient_norm").steps == list(range(6))
-    assert history.fact("input_std", math.nan) > 0
-
-
-class Teacher(Plain):
-    """An attention layer in eval mode inside the training step takes a path that rounds differently if watched."""
-
-    def __init__(self, switch=False):
-        super().__init__()
-        self.teacher = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
-        self.switch = switch
-        self.seen = []
-
-    def on_train_batch_start(self, batch, batch_idx):
-        self.teacher.train(self.switch)
-
-    def training_step(self, batch, batch_idx):
-        self.teacher.eval()
-        with torch.no_grad():
-            self.seen.append(self.teacher(batch[0].flatten(2).reshape(len(batch[0]), -1, 6)))
-        return self.loss(batch)
-
-    def configure_optimizers(self):
-        return self.make_optimizer(self.net.parameters())
-
-
-@pytest.mark.parametrize("switch", [False, True])
-def test_attention_in_eval_mode_keeps_its_fast_path(switch):
-    """Its output is the same to the bit, whether it was in eval mode from the start or is put there in the step."""
-    outputs = []
-    for dynamics in (None, strict()):
-        torch.manual_seed(1)
-        model = Teacher(switch)
-        fit(model, dynamics)
-        outputs.append(model.seen)
-    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+@pytest.mark.slow
+@pytest.mark.parametrize("per_step", [1, 2])
+def test_each_process_measures_its_own_batch(per_step, tmp_path):
+    """The loss of a process with the gradient of that loss, and the update of all."""
+    torch.manual_seed(0)
+    watcher = Watcher()
+    trainer = pl.Trainer(
+        max_epochs=1, logger=False, accelerator="cpu", enable_progress_bar=False, enable_checkpointing=False,
+        enable_model_summary=False, precision="64-true", devices=2, strategy="ddp_spawn",
+        accumulate_grad_batches=per_step, callbacks=[strict(), watcher, Tell(watcher, tmp_path)],
+    )  # fmt: skip
+    trainer.fit(Plain(tame), loader(8, dtype=torch.float64))
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    for rows in ranks:
+        assert len(rows["ratios"]) > 0
+        assert rows["ratios"] == pytest.approx(rows["expected"], rel=1e-6)
+        assert len(rows["losses"]) == 4 / per_step
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    assert ranks[0]["losses"] != ranks[1]["losses"]

@@ -137,16 +137,6 @@ def test_loss_of_every_step_is_kept_whatever_training_step_returns(kind, steps):
     assert watcher.history.get("update_norm", "net.0").values[0] > 0
 
 
-def test_manual_optimisation_with_one_loss_has_all_that_automatic_has():
-    """Same numbers as brute force."""
-    torch.manual_seed(0)
-    watcher = fit(Manual(), strict(), loader(dtype=torch.float64), precision="64-true")
-    for step in range(6):
-        before, after, _, _ = _brute_force(Manual, watcher, step)
-        assert watcher.history.get("loss_before").values[step] == pytest.approx(before, rel=1e-9)
-        assert watcher.history.get("loss_after").values[step] == pytest.approx(after, rel=1e-9)
-
-
 def test_manual_optimisation_that_returns_nothing_still_has_updates():
     """There is no loss to keep."""
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from tests.contract.hooks import hooks_in_process, hooks_on, modes_on_stack
-from tests.contract.nets import Capture, Net, loader, pl, quiet_trainer
+from tests.contract.nets import Capture, Net, loader, pl, quiet_trainer, seed_all
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,7 @@ class Recipe:
 
 def run(recipe, callbacks):
     """Trains, and returns all that the user could compare."""
-    torch.manual_seed(7)
-    np.random.seed(7)  # noqa: NPY002
-    random.seed(7)
+    seed_all(7)
     model, own, capture = recipe.make_model(), recipe.make_callbacks(), Capture()
     train, val = loader(samples=27), loader(samples=12, seed=1, shuffle=False) if recipe.validate else None
     with tempfile.TemporaryDirectory() as folder:

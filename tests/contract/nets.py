@@ -83,6 +83,13 @@ def body(dropout=0.25):
     )
 
 
+def seed_all(seed):
+    """Seeds all three generators."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    random.seed(seed)
+
+
 def generators_digest():
     """A short name for the states of all generators."""
     states = (torch.get_rng_state().numpy().tobytes(), str(np.random.get_state()), str(random.getstate()))

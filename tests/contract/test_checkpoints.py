@@ -325,7 +325,7 @@ def test_resume_in_mid_epoch_loses_and_repeats_nothing(name, step, tmp_path):
     for tag, rows in second.of_interp().items():
         steps = [at for at, _ in rows]
         assert steps == sorted(set(steps)), tag
-    keys = [(alert["rule"], alert["layer"], alert["status"]) for alert in alerts_of(callbacks)]
+    keys = [(alert["rule"], alert["layer"], alert["status"], alert["severity"]) for alert in alerts_of(callbacks)]
     assert len(keys) == len(set(keys))
     if name in {"TrainingDynamics", "Interp"}:
         tag = "interp/learning_rate"

@@ -158,6 +158,7 @@ def test_it_clears_only_well_below_the_threshold():
     wavering = jumped([2.3] * 60 + [0.6 * math.log(10)] * 60)
     assert check(rule, wavering)[0].severity == "info"
     assert check(rule, wavering, {KEY: "critical"})[0].severity == "critical"
+    assert check(rule, wavering, {KEY: "warning"})[0].severity == "info"
     assert check(rule, wavering, {KEY: "info"})[0].severity == "info"
 
 

@@ -1,0 +1,87 @@
+"""Gradients of target scores with respect to images and feature maps.
+
+Shapes: N images, C channels, H x W pixels, K feature maps of h x w.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_interp.functional.baselines import check_scores, target_scores
+from lightning_interp.functional.spatial import FeatureMaps
+
+Choose = Callable[[Tensor], Tensor]
+"""Scores (N, classes) to targets (N,)."""
+
+
+class NoFeatureMapsError(ValueError):
+    """Grad-CAM needs feature maps with positions, and the model makes none."""
+
+
+class PlainPass(NamedTuple):
+    """One forward and one backward through the model as it is.
+
+    Attributes:
+        scores: (N, classes).
+        targets: (N,).
+        gradients: d score / d pixel, (N, C, H, W).
+        maps: (N, K, h, w), or None if they were not asked for.
+        map_gradients: d score / d maps, (N, K, h, w), or None.
+    """
+
+    scores: Tensor
+    targets: Tensor
+    gradients: Tensor
+    maps: Tensor | None
+    map_gradients: Tensor | None
+
+
+def plain_pass(
+    model: nn.Module, images: Tensor, choose: Choose, *, maps: bool = False, layer: str | None = None
+) -> PlainPass:
+    """Runs the model once forward and once backward; all results are detached.
+
+    Args:
+        model: `model(images) -> (N, classes)`, in eval mode.
+        images: (N, C, H, W).
+        choose: Which class each gradient is of, given the scores.
+        maps: Whether feature maps are wanted too.
+        layer: Whose; None finds the last one, see `FeatureMaps`.
+
+    Raises:
+        NoFeatureMapsError: If they are wanted and there are none.
+    """
+    leaf = images.clone().requires_grad_()
+    listener = FeatureMaps(model, layer) if maps else None
+    if listener is None:
+        scores = model(leaf.clone())  # a copy: the model may write over it
+    else:
+        with listener:
+            scores = model(leaf.clone())
+    targets = choose(scores.detach())
+    check_scores(scores, targets)
+    found = None if listener is None else listener.maps
+    if listener is not None and (found is None or not found.requires_grad):
+        raise NoFeatureMapsError(
+            f"Grad-CAM needs feature maps with more than one position, but no convolution of {type(model).__name__} "
+            "makes any for these images; give `layer`, or leave this method out."
+        )
+    inputs = [leaf] if found is None else [leaf, found]
+    parts = torch.autograd.grad(target_scores(scores, targets).sum(), inputs, allow_unused=True)
+    gradients = [torch.zeros_like(x) if part is None else part for x, part in zip(inputs, parts, strict=True)]
+    return PlainPass(
+        scores.detach(),
+        targets,
+        gradients[0],
+        None if found is None else found.detach(),
+        None if found is None else gradients[1],
+    )
+
+
+def input_gradients(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+    """Derivatives of the scores by the pixels, (N, C, H, W), of one forward and one backward."""
+    return plain_pass(model, images, lambda scores: targets).gradients

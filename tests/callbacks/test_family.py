@@ -1,0 +1,148 @@
+"""A callback that holds others."""
+
+import inspect
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import pytorch_lightning as pl
+
+from lightning_interp.callbacks._family import Family, with_children
+from lightning_interp.callbacks.base import _HOOKS, InterpCallback
+from lightning_interp.errors import AlertRaised, InterpWarning
+
+
+class TrainerStub:
+    """As much of a Trainer as the guard looks at."""
+
+    state = SimpleNamespace(fn="fit")
+    sanity_checking = False
+    is_global_zero = True
+
+
+TRAINER = TrainerStub()
+CLEANING = ["on_exception", "teardown"]
+
+
+class Child(InterpCallback):
+    """Writes down what it is called with."""
+
+    def __init__(self, name=None, fails=None):
+        super().__init__(name=name)
+        self.calls = []
+        self.fails = fails
+        self.count = 0
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state_dict):
+        self.count = state_dict["count"]
+
+
+def _noted(hook):
+    def call(self, trainer, *args, **kwargs):
+        self.calls.append((hook, args))
+        if hook == self.fails:
+            raise RuntimeError("child")
+
+    call.__name__ = hook
+    return call
+
+
+Noting = type("Noting", (Child,), {hook: _noted(hook) for hook in _HOOKS})
+
+
+class Parent(Family):
+    """Writes down when it is called, in the list of its first child."""
+
+    def setup(self, trainer, pl_module, stage):
+        self.children[0].calls.append("parent")
+
+    def on_train_end(self, trainer, pl_module):
+        super().on_train_end(trainer, pl_module)
+        self.children[0].calls.append("parent")
+        if self.name == "bad":
+            raise RuntimeError("parent")
+
+
+def family(*children, name=None):
+    parent = Parent(name=name)
+    parent.children = list(children)
+    return parent
+
+
+@pytest.mark.parametrize("hook", sorted(_HOOKS - {"setup"}))
+def test_each_hook_reaches_each_child_once(hook):
+    children = Noting("a"), Noting("b")
+    arguments = tuple(list(inspect.signature(getattr(pl.Callback, hook)).parameters)[2:])
+    getattr(family(*children), hook)(TRAINER, *arguments)
+    assert [[call for call in child.calls if call != "parent"] for child in children] == [[(hook, arguments)]] * 2
+
+
+def test_the_family_goes_first_in_setup_and_last_elsewhere():
+    child = Noting()
+    parent = family(child)
+    parent.setup(TRAINER, "module", "fit")
+    parent.on_train_end(TRAINER, "module")
+    assert child.calls == ["parent", ("setup", ("module", "fit")), ("on_train_end", ("module",)), "parent"]
+
+
+def test_a_child_that_fails_rests_and_the_others_go_on():
+    bad, good = Noting("bad", fails="on_train_start"), Noting("good")
+    parent = family(bad, good)
+    with pytest.warns(InterpWarning, match="Noting failed in on_train_start"):
+        parent.on_train_start(TRAINER, "module")
+    parent.on_train_end(TRAINER, "module")
+    assert (bad.resting, good.resting, parent.resting) == (True, False, False)
+    assert [call[0] for call in good.calls] == ["on_train_start", "on_train_end"]
+
+
+def test_a_family_that_rests_still_serves_its_children():
+    child = Noting()
+    parent = family(child, name="bad")
+    with pytest.warns(InterpWarning, match="Parent failed in on_train_end"):
+        parent.on_train_end(TRAINER, "module")
+    parent.on_train_start(TRAINER, "module")
+    assert parent.resting
+    assert child.calls[-1] == ("on_train_start", ("module",))
+
+
+@pytest.mark.parametrize("hook", CLEANING)
+def test_cleaning_reaches_all_even_if_one_raises(hook):
+    def stop(*args):
+        raise AlertRaised("stop")
+
+    first, second = Noting("first"), Noting("second")
+    setattr(first, hook, stop)
+    with pytest.raises(AlertRaised):
+        getattr(family(first, second), hook)(TRAINER, "module", "fit")
+    assert second.calls == [(hook, ("module", "fit"))]
+
+
+def test_states_are_kept_by_child():
+    parent = family(Noting("a"), Noting("b"))
+    parent.children[0].count, parent.children[1].count = 3, 4
+    other = family(Noting("b"), Noting("new"), Noting("a"))
+    other.load_state_dict(parent.state_dict())
+    assert [child.count for child in other.children] == [4, 0, 3]
+
+
+def test_a_child_without_a_sound_state_does_not_stop_the_checkpoint():
+    parent = family(Noting("a"), Noting("b"))
+    parent.children[0].state_dict = lambda: 1 / 0
+    with pytest.warns(InterpWarning, match="state_dict"):
+        assert list(parent.state_dict()) == ["Noting[b]"]
+    with pytest.warns(InterpWarning, match="load_state_dict"):
+        parent.load_state_dict({"Noting[b]": {}})
+
+
+def test_families_in_families_are_found():
+    inner = family(Noting("leaf"))
+    outer = family(inner)
+    found = list(with_children([pl.Callback(), outer]))
+    assert found[1:] == [outer, inner, inner.children[0]]
+
+
+def test_a_family_can_be_pickled():
+    assert pickle.loads(pickle.dumps(Family(name="x"))).name == "x"
