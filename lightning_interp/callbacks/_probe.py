@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,29 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_interp.callbacks._tape import Slot, Tape
 from lightning_interp.callbacks.guard import undisturbed
-from lightning_interp.functional.losses import in_backward
-from lightning_interp.functional.tracing import ActivationTracer
+from lightning_interp.functional.hooks import ATTENTION, QuietHook, in_backward
 from lightning_interp.functional.updates import predicted_fall, to_host
-
-# In eval mode these take a fast path only if nobody listens, and it rounds differently.
-_ATTENTION = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
-
-
-class _CallHook:
-    """A hook on the user's modules; copies and pickles of the model get one that does nothing instead."""
-
-    def __init__(self, function: Callable[..., None]) -> None:
-        self._function = function
-
-    def __call__(self, *args: Any) -> None:
-        self._function(*args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return functools.partial(sys.audit, "lightning_interp.inert_hook")
-
-    def __reduce__(self) -> Any:
-        # A partial of a builtin: it returns None, and a checkpoint that holds it loads without this package.
-        return functools.partial, (sys.audit, "lightning_interp.inert_hook")
 
 
 class SameBatchProbe:
@@ -73,10 +51,10 @@ class SameBatchProbe:
     def attach(self) -> None:
         """Puts the hooks and the mode on; they change no result."""
         for module in self._model.modules():
-            if isinstance(module, _ATTENTION):
-                self._handles.append(module.register_forward_pre_hook(_CallHook(self._before_attention)))
+            if isinstance(module, ATTENTION):
+                self._handles.append(module.register_forward_pre_hook(QuietHook(self._before_attention)))
         for module in self._modes:
-            before, after = _CallHook(self._before_call), _CallHook(self._after_call)
+            before, after = QuietHook(self._before_call), QuietHook(self._after_call)
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
         self._tape.__enter__()  # type: ignore[no-untyped-call]
@@ -197,7 +175,7 @@ class SameBatchProbe:
         """
         self.detach()
         found = self._select(returned)
-        if found is None or self._loss is None or _someone_listens():
+        if found is None or self._loss is None:
             return {}
         slot, value = found
         with undisturbed(self._model, training=None), forward_context:
@@ -226,7 +204,7 @@ def can_probe(model: nn.Module, world_size: int) -> bool:
     when someone listens), nor with batch normalisation over ranks (a second forward would be a collective).
     """
     for module in model.modules():
-        frozen_attention = isinstance(module, _ATTENTION) and not module.training
+        frozen_attention = isinstance(module, ATTENTION) and not module.training
         synchronised = isinstance(module, nn.SyncBatchNorm) and world_size > 1
         if frozen_attention or synchronised or _is_compiled(module):
             return False
@@ -266,9 +244,3 @@ def _recorded(model: nn.Module) -> Iterator[nn.Module]:
 
 def _has_own_forward(module: nn.Module) -> bool:
     return getattr(module.forward, "__func__", None) is type(module).forward
-
-
-def _someone_listens() -> bool:
-    """Whether another callback still reads activations: it would take our forward for the user's."""
-    stack = (torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack()))
-    return any(isinstance(mode, ActivationTracer) for mode in stack)

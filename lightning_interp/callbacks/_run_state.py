@@ -10,7 +10,12 @@ from lightning_interp.rules.history import History
 
 def fingerprint(history: History) -> object:
     """Changes with every step, and whenever something was recorded or noted: no rule is asked twice about the same."""
-    return history.finished, history.step, dict(history.facts), {key: series.last for key, series in history.series.items()}
+    return (
+        history.finished,
+        history.step,
+        dict(history.facts),
+        {key: series.last for key, series in history.series.items()},
+    )
 
 
 def adopt(history: History, state: dict[str, Any]) -> None:

@@ -21,6 +21,8 @@ from lightning_interp.render.strip import FilmStrip
 
 # Samples of up to so many numbers (4 MB in float32) lie in each checkpoint; more are read again after a resume.
 _IN_CHECKPOINT = 1_000_000
+_IMAGE_AXES = 4
+_FRAMES = 15  # and the images themselves: sixteen fill a card four by four
 # Strategies whose modules hold only a part of each weight.
 _SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLAFSDP")
 
@@ -139,7 +141,13 @@ class SampledCallback(InterpCallback):
                 self._waiting = True
                 self.say_once(f"{type(self).__name__} takes its samples from the first training batch: {error}")
         else:
-            self._fixed = FixedSamples(*(None if t is None else t.to(pl_module.device) for t in self._fixed))  # type: ignore[arg-type]
+            device = pl_module.device
+            images, labels, masks = self._fixed
+            self._fixed = FixedSamples(
+                images.to(device),
+                None if labels is None else labels.to(device),
+                None if masks is None else masks.to(device),
+            )
         if self.step_of(trainer) == 0:
             self._measure_once(trainer, pl_module, step=0)
 
@@ -176,11 +184,19 @@ class SampledCallback(InterpCallback):
         self._shown = step
         try:
             with undisturbed(pl_module, training=False, gradients=True):
-                self.images, self.labels, self.masks = (None if t is None else t.clone() for t in self._fixed)  # type: ignore[assignment]
+                self._copy_samples(self._fixed)
                 self.measure(trainer, pl_module, step)
         finally:
             self.images, self.labels, self.masks = torch.empty(0), None, None
         self.log_cost(trainer, step=step)
+
+    def _copy_samples(self, fixed: FixedSamples) -> None:
+        images, labels, masks = fixed
+        if images.ndim != _IMAGE_AXES:
+            raise UnreadableError(f"Expected images (N, C, H, W), but got a tensor of shape {tuple(images.shape)}.")
+        self.images = images.clone() if images.is_floating_point() else images.float()
+        self.labels = None if labels is None else labels.clone()
+        self.masks = None if masks is None else masks.clone()
 
     # ------------------------------------------------------------------ output
 
@@ -190,7 +206,7 @@ class SampledCallback(InterpCallback):
 
     def strip(self, key: str) -> FilmStrip:
         """The film strip of that name; it lies in the checkpoint."""
-        return self._strips.setdefault(key, FilmStrip())
+        return self._strips.setdefault(key, FilmStrip(_FRAMES))
 
     def log_group(self, trainer: Trainer, quantity: str, values: Mapping[str, float], *, step: int) -> None:
         """Logs numbers as `interp.<quantity>[.<name>]/<key>`."""

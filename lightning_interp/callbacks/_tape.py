@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from lightning_interp.functional.losses import LOSSES, LossCapture, in_backward
+from lightning_interp.functional.hooks import in_backward
+from lightning_interp.functional.losses import LOSSES, LossCapture
 from lightning_interp.functional.ops import PRODUCTS, RESHAPES, SUMS, base_name
 
 # Deterministic functions without state of their own: all that stands between a network, its head and its loss.

@@ -134,6 +134,11 @@ class ActivationSparsity(InterpCallback):
             self._observer = session.observer
             self._observer.open(self._read)
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """The forward is over: what listens to torch functions need not hear backward and optimizer."""
+        if pl_module.automatic_optimization:
+            Session.of(trainer).observer.close_reader(self._read)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

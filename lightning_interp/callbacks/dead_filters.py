@@ -210,8 +210,8 @@ class DeadFilters(InterpCallback):
         """The same on all ranks: it depends on the trainer's counters only."""
         if trainer.fit_loop._should_accumulate():
             return False
-        # With the last batch, not at the epoch's end: Lightning takes checkpoints in between, and after a resume from one
-        # of them that end never comes.
+        # With the last batch, not at the end of the epoch: Lightning takes checkpoints in between, and after a resume
+        # from one of them that end never comes.
         full = self.step_of(trainer) + 1 - self._started_at >= self.window_steps
         return not self._first_done or full or _is_last_batch(trainer)
 

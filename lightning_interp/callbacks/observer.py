@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import torch
 from torch import nn
 
 from lightning_interp.functional.tracing import ActivationTracer, End, Reader, Unit
@@ -88,22 +87,9 @@ class Observer:
     def _stop(self) -> None:
         if self._tracer is not None:
             tracer, self._tracer = self._tracer, None
-            _leave(tracer)
+            tracer.__exit__(None, None, None)
 
     def _dispatch(self, end: End) -> None:
         for reader, units in self._readers.items():
             if units is None or end.unit in units:
                 reader(end)
-
-
-def _leave(tracer: ActivationTracer) -> None:
-    """Takes the tracer off the stack of modes, also when a user's mode was left on top of it."""
-    above = []
-    while (
-        torch._C._len_torch_function_stack()
-        and torch._C._get_function_stack_at(torch._C._len_torch_function_stack() - 1) is not tracer
-    ):
-        above.append(torch._C._pop_torch_function_stack())
-    tracer.__exit__(None, None, None)
-    for mode in reversed(above):
-        torch._C._push_on_torch_function_stack(mode)

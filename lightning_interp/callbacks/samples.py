@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterable, Sequence
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,9 @@ from lightning_interp._options import expected
 from lightning_interp.callbacks._masks import read_masks
 from lightning_interp.callbacks.batches import UnreadableError, read_batch
 from lightning_interp.callbacks.guard import generators_kept, tensors_to, undisturbed
+
+# Bytes of a tensor, and items of a list, that are too many to copy; how deep a data set is searched for them.
+_LARGE, _LONG, _DEPTH = 1 << 20, 64, 4
 
 Chosen = Sequence[int] | str | tuple[Tensor, Tensor]
 """What the option `samples` takes, but None."""
@@ -87,7 +90,9 @@ def read_samples(trainer: Any, model: nn.Module, count: int, samples: Chosen | N
         return _received(trainer, model, _load(samples), own_reader=False)
     if isinstance(samples, tuple) and isinstance(samples[0], Tensor):
         return _received(trainer, model, samples, own_reader=False)
-    loader = _indexable(trainer.val_dataloaders) or _indexable(trainer.train_dataloader)
+    loader = _indexable(trainer.val_dataloaders)
+    if loader is None:  # not `or`: the truth of a loader is its length, and not all have one
+        loader = _indexable(trainer.train_dataloader)
     if loader is None:
         kind = type(getattr(_first_loader(trainer.train_dataloader), "dataset", None)).__name__
         raise UnreadableError(
@@ -106,7 +111,9 @@ def _received(trainer: Any, model: nn.Module, batch: Any, *, own_reader: bool = 
     """A batch as the model would receive it: moved, cast, and with the module's own hooks for batches."""
     with undisturbed(model, training=None):
         if own_reader:
-            batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = trainer.lightning_module._on_before_batch_transfer(batch)
+            batch = trainer.strategy.batch_to_device(batch)
         else:
             batch = tensors_to(trainer.precision_plugin.convert_input(batch), trainer.strategy.root_device)
         return keep(model if own_reader else nn.Identity(), batch)
@@ -163,23 +170,44 @@ def _first_loader(loaders: Any) -> DataLoader[Any] | None:
 
 
 def _copy(dataset: Any) -> Any:
-    """A copy whose reading moves nothing of the original; tensors and arrays, which are large, are shared."""
+    """A copy whose reading moves nothing of the original; only what is large, or can't be copied, is shared."""
     memo: dict[int, Any] = {}
-    _share(dataset, memo, depth=4)
-    try:
-        return copy.deepcopy(dataset, memo)
-    except Exception:  # an open file or a database handle can't be copied
-        return copy.copy(dataset)
+    _share(dataset, memo, _DEPTH)
+    return _twin(dataset, memo, _DEPTH)
 
 
 def _share(value: Any, memo: dict[int, Any], depth: int) -> None:
+    """Notes what is not to be copied: large tensors and arrays, and the items of long lists."""
     if isinstance(value, Tensor | np.ndarray):
-        memo[id(value)] = value
-    elif isinstance(value, torch.Generator | random.Random | np.random.Generator) or depth == 0:
-        return
-    elif isinstance(value, list | tuple) and len(value) <= 64:  #  - a long list of paths holds no arrays
-        for item in value:
+        if value.nbytes > _LARGE:
+            memo[id(value)] = value
+    elif isinstance(value, list | tuple | dict):
+        if len(value) > _LONG:
+            memo[id(value)] = copy.copy(value)
+        elif depth:
+            for item in value.values() if isinstance(value, dict) else value:
+                _share(item, memo, depth - 1)
+    elif depth and hasattr(value, "__dict__") and not isinstance(value, type | ModuleType | FunctionType):
+        for item in list(vars(value).values()):
             _share(item, memo, depth - 1)
-    elif hasattr(value, "__dict__"):
-        for item in vars(value).values():
-            _share(item, memo, depth - 1)
+
+
+def _twin(value: Any, memo: dict[int, Any], depth: int) -> Any:
+    """A deep copy; where a part can't be copied (an open file, a lock), that part alone is shared."""
+    try:
+        return copy.deepcopy(value, dict(memo))  # a copy of the memo: a failed attempt leaves halves of objects in it
+    except Exception:  # whatever the classes of users raise
+        if not depth:
+            return value
+    if isinstance(value, list):
+        return [_twin(item, memo, depth - 1) for item in value]
+    if isinstance(value, dict):
+        return {key: _twin(item, memo, depth - 1) for key, item in value.items()}
+    try:
+        twin = copy.copy(value)
+        attributes = vars(twin)
+    except Exception:
+        return value
+    if twin is not value:
+        attributes.update({name: _twin(item, memo, depth - 1) for name, item in attributes.items()})
+    return twin

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SHIFT = 0.07  # of the side, but a pixel at least
+SHIFT = 0.07  # of the side
 SCALE = 0.1
 DEGREES = 10.0
 
 
 def jittered(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shifted by up to 7 % of the side (a pixel at least), scaled by 0.9 to 1.1, rotated by up to 10 degrees.
+    """Shifted by up to 7 % of the side, scaled by 0.9 to 1.1, rotated by up to 10 degrees.
 
     All images alike. Bilinear; what comes in from outside is mirrored. The draws are made on the CPU: the same ones on
     every device.
@@ -28,7 +28,7 @@ def jittered(images: Tensor, generator: torch.Generator) -> Tensor:
     angle = math.radians(DEGREES) * float(draws[0])
     scale = 1 + SCALE * float(draws[1])
     # In the grid a side is 2 long, whatever its pixels; a rotation must not shear an image that is not square.
-    shifts = [2 * max(SHIFT, 1 / side) * float(draw) for draw, side in zip(draws[2:], (width, height), strict=True)]
+    shifts = [2 * SHIFT * float(draw) for draw in draws[2:]]
     cosine, sine, aspect = math.cos(angle) / scale, math.sin(angle) / scale, height / width
     theta = torch.tensor([[cosine, -sine * aspect, shifts[0]], [sine / aspect, cosine, shifts[1]]])
     grid = F.affine_grid(theta.to(images)[None], [1, *images.shape[1:]], align_corners=False)

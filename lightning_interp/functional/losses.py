@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lightning_interp.functional.hooks import in_backward, leave_mode
+
 LOSSES: frozenset[Callable[..., Tensor]] = frozenset({
     F.cross_entropy, F.nll_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.mse_loss, F.l1_loss,
     F.smooth_l1_loss, F.huber_loss, F.kl_div,
@@ -111,14 +113,7 @@ class LossCapture(TorchFunctionMode):
 
     def close(self) -> None:
         """Takes the mode off the stack wherever it is; may be called when it is not on."""
-        stack = [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
-        if self not in stack:
-            return
-        above = stack[stack.index(self) + 1 :]
-        for _ in range(len(above) + 1):
-            torch._C._pop_torch_function_stack()
-        for mode in above:
-            torch._C._push_on_torch_function_stack(mode)
+        leave_mode(self)
 
 
 def _num_classes(function: Callable[..., Tensor], scores: Tensor, arguments: Mapping[str, Any]) -> int | None:
@@ -129,11 +124,6 @@ def _num_classes(function: Callable[..., Tensor], scores: Tensor, arguments: Map
     if not isinstance(target, Tensor) or target.is_floating_point():
         return None
     return int(scores.shape[1] if scores.ndim > 1 else scores.shape[0])
-
-
-def in_backward() -> bool:
-    """Whether autograd is running: activation checkpointing repeats forwards there."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def _transformed(tensor: Tensor) -> bool:

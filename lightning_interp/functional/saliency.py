@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,13 @@ Method = Literal[
 METHODS: tuple[str, ...] = get_args(Method)
 RULES: tuple[Rule, ...] = ("guided_backprop", "deconvnet")
 _PLAIN = frozenset({"gradient", "gradient_x_input", "grad_cam"})
+
+
+class Chooser(Protocol):
+    """Chooses the classes to explain."""
+
+    def __call__(self, scores: Tensor, part: slice) -> Tensor:
+        """Takes the scores (M, classes) of the images in that part of all of them; gives their targets (M,)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,29 +161,32 @@ def unseen_message(method: str, model: nn.Module) -> str:
 
 
 def explain(
-    model: nn.Module, images: Tensor, targets: Tensor | Choose, methods: Sequence[str], options: SaliencyOptions
+    model: nn.Module, images: Tensor, targets: Tensor | Chooser, methods: Sequence[str], options: SaliencyOptions
 ) -> Explanation:
     """The maps of several methods, and what was found on the way.
 
     Args:
         model: `model(images) -> (N, classes)`.
         images: (N, C, H, W).
-        targets: (N,), or a function that chooses them by the scores (N, classes); that costs a forward where no method
-            of the list runs the model as it is.
+        targets: (N,), or a function that chooses them; that costs a forward where no method of the list runs the model
+            as it is.
         methods: Of `METHODS`.
         options: Of the methods.
     """
     for method in methods:
         check_choice("method", method, METHODS)
     with undisturbed(model, training=False, gradients=True):
-        given = None if callable(targets) else targets
-        images, checked = check_images(images, torch.zeros(len(images), dtype=torch.int64) if given is None else given)
-        parts = [
-            _first_pass(model, part, targets if callable(targets) else _always(wanted), methods, options)
-            if callable(targets) or _PLAIN & set(methods)
-            else Explanation(targets=wanted)
-            for part, wanted in _batches(images, checked, options)
-        ]
+        given = torch.zeros(len(images), dtype=torch.int64) if callable(targets) else targets
+        images, checked = check_images(images, given)
+        choose: Chooser = targets if callable(targets) else lambda scores, part: checked[part]
+        size = options.batch_size
+        if callable(targets) or _PLAIN & set(methods):
+            parts = [
+                _first_pass(model, images[part], functools.partial(choose, part=part), methods, options)
+                for part in (slice(first, first + size) for first in range(0, len(images), size))
+            ]
+        else:
+            parts = [Explanation(targets=checked)]
         found = _joined(parts)
         _averaged(model, images, methods, options, found)
         for rule in RULES:
@@ -183,10 +194,6 @@ def explain(
                 _ruled(model, images, rule, options, found)
     found.maps = {method: found.maps[method] for method in methods}
     return found
-
-
-def _always(targets: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda scores: targets
 
 
 def _first_pass(

@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,8 +31,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_interp.functional import ops
-from lightning_interp.functional.hooks import ATTENTION, QuietHook, in_backward
+from lightning_interp.functional.hooks import ATTENTION, QuietHook, in_backward, leave_mode
 from lightning_interp.functional.layout import Layout, mover
+from lightning_interp.functional.undisturbed import nesting
 from lightning_interp.functional.units import End, Reader, Strand, Unit
 
 __all__ = ["ActivationTracer", "End", "Reader", "Unit"]
@@ -63,32 +64,31 @@ class ActivationTracer(TorchFunctionMode):
         self._strands: dict[int, tuple[weakref.ref[Tensor], tuple[Strand, ...]]] = {}
         self._unread: set[int] = set()
         self._ended: set[str] = set()
-        self._handles: list[RemovableHandle] = []
+        self._handles: dict[nn.Module, list[RemovableHandle]] = {}
         self._last_layer = ""
         self._inside = 0
-        self._paused = 0
+        self._listening = False
+        self._level = 0
 
     # ------------------------------------------------------------------ entering and leaving
 
     def __enter__(self) -> ActivationTracer:
         """Puts hooks on the layers to follow and starts to listen to torch functions."""
+        self._level = nesting()
         for name, module in self._model.named_modules():
             if isinstance(module, ops.OWNERS) and (self._follow is None or name in self._follow):
                 self._hook_layer(name, module)
             elif isinstance(module, ATTENTION):
-                # In eval mode these take a fast path only if nobody listens, and it rounds differently.
-                self._handles.append(module.register_forward_pre_hook(QuietHook(self._pause)))
-                self._handles.append(module.register_forward_hook(QuietHook(self._resume), always_call=True))
+                self._handles[module] = [module.register_forward_pre_hook(QuietHook(self._before_attention))]
         super().__enter__()  # type: ignore[no-untyped-call]
+        self._listening = True
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Takes everything off; what nothing has read yet is handed over as it is."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        if not self._paused:
-            super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        self._unhook(list(self._handles))
+        leave_mode(self)
+        self._listening = False
         if not any(exception):
             self._guard(self._finish)
         self._strands.clear()
@@ -98,31 +98,36 @@ class ActivationTracer(TorchFunctionMode):
         training = module.training  # calls in another mode are not this batch's own forward
         before = functools.partial(self._enter_layer, training)
         after = functools.partial(self._leave_layer, name, training)
-        self._handles.append(module.register_forward_pre_hook(QuietHook(before)))
-        self._handles.append(module.register_forward_hook(QuietHook(after), always_call=True))
+        self._handles[module] = [
+            module.register_forward_pre_hook(QuietHook(before)),
+            module.register_forward_hook(QuietHook(after), always_call=True),
+        ]
 
-    def _pause(self, module: nn.Module, args: Any) -> None:
+    def _unhook(self, modules: Iterable[nn.Module]) -> None:
+        for module in modules:
+            for handle in self._handles.pop(module, ()):
+                handle.remove()
+
+    def _before_attention(self, module: nn.Module, args: Any) -> None:
+        """In eval mode everything goes, until the next layer outside: the fast path must find nothing of ours."""
         if not module.training:
-            self._paused += 1
-            if self._paused == 1:
-                super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
-
-    def _resume(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._paused:
-            self._paused -= 1
-            if self._paused == 0:
-                super().__enter__()  # type: ignore[no-untyped-call]
+            self._unhook(module.modules())
+            leave_mode(self)
+            self._listening = False
 
     # ------------------------------------------------------------------ layers with filters
 
     def _enter_layer(self, training: bool, module: nn.Module, args: Any) -> None:
+        if not self._listening:
+            super().__enter__()  # type: ignore[no-untyped-call]
+            self._listening = True
         self._inside += 1
-        if self._inside == 1 and not self.error:
+        if self._inside == 1 and not self.error and self._concerned():
             self._guard(lambda: self._end(*_tensors(args)))
 
     def _leave_layer(self, name: str, training: bool, module: nn.Module, args: Any, output: Any) -> None:
         self._inside -= 1
-        if self._inside or self.error or module.training is not training or in_backward():
+        if self._inside or self.error or module.training is not training or not self._concerned():
             return
         if isinstance(output, Tensor) and output.is_floating_point():
             self._guard(lambda: self._begin(name, module, output))
@@ -146,7 +151,7 @@ class ActivationTracer(TorchFunctionMode):
         if self._inside or self.error or not self._strands or not args:
             return func(*args, **kwargs)
         name = ops.base_name(func)
-        if name in ops.OVERHEARD or in_backward():
+        if name in ops.OVERHEARD or not self._concerned():
             return func(*args, **kwargs)
         followed = [tensor for tensor in _tensors(args) if self._of(tensor)]
         if not followed:
@@ -263,6 +268,10 @@ class ActivationTracer(TorchFunctionMode):
         return name
 
     # ------------------------------------------------------------------ bookkeeping
+
+    def _concerned(self) -> bool:
+        """Whether this is the forward we came for: no recomputation in backward, no forward of another callback."""
+        return nesting() == self._level and not in_backward()
 
     def _of(self, tensor: Tensor) -> tuple[Strand, ...]:
         entry = self._strands.get(id(tensor))

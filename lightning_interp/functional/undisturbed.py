@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -78,6 +79,23 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     """Stands in for `self.log`."""
 
 
+_level = threading.local()
+
+
+def nesting() -> int:
+    """How many `undisturbed` regions this thread is in: who listens to the user's forward must not hear ours."""
+    return getattr(_level, "value", 0)
+
+
+@contextmanager
+def _own_forward() -> Iterator[None]:
+    _level.value = nesting() + 1
+    try:
+        yield
+    finally:
+        _level.value = nesting() - 1
+
+
 @contextmanager
 def undisturbed(model: nn.Module, *, training: bool | None = False, gradients: bool = False) -> Iterator[None]:
     """A region in which the model may be called, after which it is as it was, also after an exception.
@@ -92,6 +110,7 @@ def undisturbed(model: nn.Module, *, training: bool | None = False, gradients: b
         gradients: Whether autograd records.
     """
     with ExitStack() as stack:
+        stack.enter_context(_own_forward())
         stack.enter_context(generators_kept())
         stack.callback(_keep_modules(model))
         stack.callback(_mute(model))

@@ -24,7 +24,7 @@ class Jump(NamedTuple):
         same_batch: True if one batch was measured before and after its own update; False if the logged loss was
             compared with the first one, which is all there is when the loss was not recognised.
         rate_factor: Part of the learning rate that a quadratic model of the loss would take, 1 / (2 (1 - step ratio)),
-            within [0.01, 0.5]; 0.1 where there is no step ratio.
+            within [0.01, 0.5]; 0.1 where there is no step ratio of the update that did it.
     """
 
     factor: float
@@ -180,8 +180,8 @@ def early_jump(history: History, *, same_batch: float = 1.5, logged: float = 3.0
         return jump
     probed = any(step < end for step in history.get("loss_after").steps)
     factor, step = _logged_jump(history, end, with_nan=not probed)
-    # What is seen at a step was done at an earlier one.
-    ratios = [ratio for at, ratio in finite_points(history.get("step_ratio")) if at <= step]
+    # What is seen at a step was done by the update before.
+    ratios = [ratio for at, ratio in finite_points(history.get("step_ratio")) if at == step - 1]
     return Jump(factor, step, False, _rate_factor(ratios)) if factor > logged else None
 
 
@@ -198,8 +198,8 @@ def _ratio(value: float, base: float) -> float:
 
 
 def _rate_factor(ratios: list[float]) -> float:
-    worst = min(ratios, default=-4.0)
-    return 0.5 if worst >= 0 else max(0.01, 1 / (2 * (1 - worst)))
+    worst = min(ratios, default=0.0)
+    return 0.1 if worst >= 0 else max(0.01, 1 / (2 * (1 - worst)))
 
 
 def deaths(history: History, quantity: str = "dead_fraction") -> list[Death]:

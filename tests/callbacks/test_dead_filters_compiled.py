@@ -65,7 +65,7 @@ def brute_force(module, pictures):
 
 
 class Reference(pl.Callback):
-    """Silences a filter before each epoch's end, and counts at the end of each window."""
+    """Silences a filter before each epoch's last batch, and counts at the end of each window."""
 
     def __init__(self, watcher, pictures, *, validation):
         self.watcher, self.pictures, self.validation = watcher, pictures, validation
@@ -80,7 +80,9 @@ class Reference(pl.Callback):
     def on_train_start(self, trainer, module):
         self._close(trainer, module)
 
-    def on_validation_start(self, trainer, module):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if not trainer.is_last_batch:
+            return
         with torch.no_grad():
             next(layer for name, layer in module.named_modules() if name.endswith("3")).bias[trainer.current_epoch] = -99
 
@@ -88,8 +90,8 @@ class Reference(pl.Callback):
         if self.validation and not trainer.sanity_checking:
             self._close(trainer, module)
 
-    def on_train_epoch_end(self, trainer, module):
-        if not self.validation:
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if not self.validation and trainer.is_last_batch:
             self._close(trainer, module)
 
 

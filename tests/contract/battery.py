@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import random
 import tempfile
 import warnings
@@ -76,13 +75,14 @@ def _outcome(trainer, model, own, capture, train, val):
     }
 
 
-@functools.cache
-def _reference(recipe_key):
-    recipe = _RECIPES_SEEN[recipe_key]
-    return run(recipe, [])
+_references = {}
 
 
-_RECIPES_SEEN = {}
+def reference(recipe):
+    """The outcome without callbacks, made once."""
+    if recipe.name not in _references:
+        _references[recipe.name] = run(recipe, [])
+    return _references[recipe.name]
 
 
 def assert_undisturbed(make_callbacks, recipe):
@@ -91,11 +91,7 @@ def assert_undisturbed(make_callbacks, recipe):
     Raises:
         AssertionError: Which names everything that differs.
     """
-    _RECIPES_SEEN[recipe.name] = recipe
-    expected = _reference(recipe.name)
-    callbacks = make_callbacks()
-    actual = run(recipe, callbacks)
-    found = differences(expected, actual)
+    found = differences(reference(recipe), run(recipe, make_callbacks()))
     if found:
         more = f" (and {len(found) - 12} more)" if len(found) > 12 else ""
         raise AssertionError(f"{recipe.name}: the callbacks changed {'; '.join(found[:12])}{more}")
@@ -112,7 +108,9 @@ def differences(expected, actual, path="run"):
     if isinstance(expected, list | tuple):
         if len(expected) != len(actual):
             return [f"{path}: length {len(expected)} became {len(actual)}"]
-        return [d for i, (a, b) in enumerate(zip(expected, actual, strict=True)) for d in differences(a, b, f"{path}[{i}]")]
+        return [
+            d for i, (a, b) in enumerate(zip(expected, actual, strict=True)) for d in differences(a, b, f"{path}[{i}]")
+        ]
     if isinstance(expected, torch.Tensor | np.ndarray):
         return [] if _bits(expected) == _bits(actual) else [f"{path}: values differ"]
     if isinstance(expected, float):
@@ -122,7 +120,12 @@ def differences(expected, actual, path="run"):
 
 def _bits(value):
     if isinstance(value, torch.Tensor):
-        return value.dtype, tuple(value.shape), value.requires_grad, value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        return (
+            value.dtype,
+            tuple(value.shape),
+            value.requires_grad,
+            value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes(),
+        )
     return value.dtype, value.shape, value.tobytes()
 
 

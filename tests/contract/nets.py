@@ -86,7 +86,7 @@ def body(dropout=0.25):
 def seed_all(seed):
     """Seeds all three generators."""
     torch.manual_seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
+    np.random.seed(seed)
     random.seed(seed)
 
 

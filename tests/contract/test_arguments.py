@@ -59,7 +59,9 @@ WRONG = {
     Interp: {**COMMON, **NORMALISED, **ALERTING, "level": ["high", "Full", None, 1]},
     standard_callbacks: {**COMMON, **NORMALISED, **ALERTING, "level": ["high", "Full", None, 1]},
 }  # fmt: skip
-CASES = [(make, option, value) for make, options in WRONG.items() for option, values in options.items() for value in values]
+CASES = [
+    (make, option, value) for make, options in WRONG.items() for option, values in options.items() for value in values
+]
 
 
 @pytest.mark.parametrize(("make", "option", "value"), CASES, ids=lambda value: getattr(value, "__name__", repr(value)))

@@ -86,11 +86,11 @@ def test_error_in_a_hook_is_reported_once_and_training_goes_on(cls, hook, when, 
     """Each hook of each callback in turn, with a healthy neighbour on either side."""
     callback = failing(cls, hook, when)
     healthy = [other for other in often() if not isinstance(callback, type(other))][:1]
-    model, trainer, said, watching = train([callback, *healthy], tmp_path, max_epochs=1)
+    model, trainer, said, watching = train([callback, *healthy], tmp_path, max_epochs=1, limit_train_batches=3)
     reached = hook not in {"on_exception", "on_load_checkpoint", "on_save_checkpoint"}
     assert said == ([_message(type(callback), hook)] if reached else [])
-    assert watching.batches == trainer.global_step == 4
-    assert watching.found == [{}] * 4  # a callback that rests listens no more
+    assert watching.batches == trainer.global_step == 3
+    assert watching.found == [{}] * 3  # a callback that rests listens no more
     assert not healthy[0].resting
     assert_nothing_left(model, trainer.optimizers)
     pickle.dumps(model)
@@ -220,6 +220,7 @@ def test_trainer_works_again_after_an_exception(tmp_path):
 
 def test_alert_with_on_alert_raise_is_raised_and_nothing_is_left(tmp_path):
     """The user asked for it."""
+
     class Diverges(Net):
         def loss(self, batch):
             return super().loss(batch) * float("nan")

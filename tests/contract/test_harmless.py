@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.contract.battery import assert_undisturbed, differences, run
+from tests.contract.battery import assert_undisturbed, differences, reference, run
 from tests.contract.factories import SINGLE, WHOLE
 from tests.contract.nets import pl
 from tests.contract.recipes import CORE, RECIPES
@@ -48,18 +48,20 @@ def _named(name):
 # ---------------------------------------------------------------------- the battery itself
 
 
-def test_run_is_reproducible_without_callbacks():
+def _noted(made, model):
+    made += [[parameter.detach().clone() for parameter in model.parameters()], model]
+    return model
+
+
+def test_recipes_are_reproducible_and_do_train():
     """Else bit identity would mean nothing."""
     for recipe in RECIPES:
-        assert differences(run(recipe, []), run(recipe, [])) == []
-
-
-def test_recipes_do_train():
-    """Else bit identity would mean nothing either."""
-    for recipe in RECIPES:
-        model = recipe.make_model()
-        before = [parameter.detach().clone() for parameter in model.parameters()]
-        outcome = run(replace(recipe, make_model=lambda model=model: model), [])
+        made = []
+        outcome = run(
+            replace(recipe, make_model=lambda made=made, recipe=recipe: _noted(made, recipe.make_model())), []
+        )
+        assert differences(reference(recipe), outcome) == [], recipe.name
+        before, model = made
         assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)), recipe.name
         steps = {entry[0] for entry in outcome["diary of the steps"]}
         assert steps == ({"train", "val", "end"} if recipe.validate else {"train", "end"}), recipe.name

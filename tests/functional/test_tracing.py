@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lightning_interp.functional.hooks import QuietHook
 from lightning_interp.functional.tracing import ActivationTracer
+from lightning_interp.functional.undisturbed import undisturbed
 from lightning_interp.functional.units import End, Unit
 
 
@@ -344,3 +345,47 @@ def test_a_copy_for_a_log_is_no_reader(keep):
     model[0].register_forward_hook(lambda module, args, output: kept.append(keep(output)))
     _, ends, _ = trace(model, torch.randn(2, 1, 3, 3))
     assert [(end.unit, end.activation) for end in ends] == [("0", "relu")]
+
+
+def test_attention_does_not_silence_the_rest():
+    """Behind an attention block in eval mode the layers outside are followed again."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Linear(4, 8)
+            self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return F.relu(self.head(self.encoder(F.relu(self.stem(x)))))
+
+    model = Net().eval()
+    with torch.no_grad():
+        _, ends, _ = trace(model, torch.randn(2, 5, 4))
+    assert [(end.unit, end.activation) for end in ends] == [("stem", "relu"), ("head", "relu")]
+    assert torch._C._len_torch_function_stack() == 0
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_attention_fast_path_finds_no_hook_inside(monkeypatch):
+    """It is taken as if nobody listened: the same kernel is called."""
+    calls = []
+    fast = torch._transformer_encoder_layer_fwd
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *args: calls.append(1) or fast(*args))
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    with torch.no_grad():
+        trace(layer, torch.randn(2, 5, 16))
+    assert calls == [1]
+
+
+def test_forwards_of_other_callbacks_are_not_counted():
+    """A callback that runs the model undisturbed while a reader is open is not taken for the user."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU())
+    ends: list[End] = []
+    with ActivationTracer(model, ends.append):
+        with undisturbed(model, training=None):
+            model(torch.randn(2, 1, 3, 3))
+        assert not ends
+        model(torch.randn(2, 1, 3, 3))
+    assert len(ends) == 1

@@ -43,6 +43,8 @@ def test_what_is_seen_at_a_step_was_done_earlier():
     history = run_of([2.3, 40.0, 2.3])
     write(history, "step_ratio", [-9.0, 0.9])
     assert early_jump(history).rate_factor == 1 / 20
+    late = write(run_of([2.3, 2.3, 40.0]), "step_ratio", [-9.0, 0.9])
+    assert early_jump(late).rate_factor == 0.1
 
 
 def test_broken_since_ends_when_the_loss_is_finite_again():

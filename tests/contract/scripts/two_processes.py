@@ -28,7 +28,7 @@ from tests.contract.factories import often
 from tests.contract.hooks import hooks_on, modes_on_stack
 from tests.contract.nets import Capture, Net, loader, seed_all
 
-PATIENCE = timedelta(seconds=12)
+PATIENCE = timedelta(seconds=40)
 
 
 class Marked(pl.LightningModule):
@@ -77,8 +77,7 @@ class Marked(pl.LightningModule):
         return self._loader(3)
 
     def val_dataloader(self):
-        batches = self.val_batches[self.trainer.global_rank]
-        return self._loader(batches) if batches else []
+        return self._loader(self.val_batches[self.trainer.global_rank])  # Lightning refuses a rank without any
 
 
 def trainer(callbacks, **options):
@@ -121,15 +120,15 @@ def everyone(value):
 # ---------------------------------------------------------------------- scenarios
 
 
-def union(split, val_batches=(2, 2), callback=None):
+def union(split, val_batches=(2, 2)):
     """What the callback calls dead, and what a brute-force count over all ranks does."""
-    callback = callback or DeadFilters(split=split, on_error="raise")
+    callback = DeadFilters(split=split, on_error="raise")
     model = Marked(val_batches)
     trainer([callback]).fit(model)
-    fired = [state.get("train" if split == "train" else "val") for state in everyone(model.fired)]
-    seen = torch.stack([mask for mask in fired if mask is not None]).any(dim=0)
-    alone = {rank: None if mask is None else (~mask).nonzero().flatten().tolist() for rank, mask in enumerate(fired)}
-    return {"dead": callback.dead["net.0"], "union": (~seen).nonzero().flatten().tolist(), "alone": list(alone.values())}
+    fired = [state[split] for state in everyone(model.fired)]
+    seen = torch.stack(fired).any(dim=0)
+    alone = [(~mask).nonzero().flatten().tolist() for mask in fired]
+    return {"dead": callback.dead["net.0"], "union": (~seen).nonzero().flatten().tolist(), "alone": alone}
 
 
 def pictures(folder):
@@ -191,13 +190,19 @@ def scenarios(folder):
         "val_union": lambda: union("val"),
         "fewer_batches_on_rank_1": lambda: union("val", (3, 1)),
         "fewer_batches_on_rank_0": lambda: union("val", (1, 3)),
-        "no_batches_on_rank_1": lambda: union("val", (2, 0), DeadFilters(on_error="raise")),
         "pictures": lambda: pictures(folder),
         "harmless_often": lambda: harmless(often),
         "harmless_Interp": lambda: harmless(lambda: [Interp(on_error="raise")]),
         "stops": stops,
     }
-    hooks = ("setup", "on_train_start", "on_train_batch_start", "on_train_batch_end", "on_train_epoch_end", "on_train_end")
+    hooks = (
+        "setup",
+        "on_train_start",
+        "on_train_batch_start",
+        "on_train_batch_end",
+        "on_train_epoch_end",
+        "on_train_end",
+    )
     for hook in hooks:
         for bad_rank in (0, 1):
             found[f"fails_{hook}_{bad_rank}"] = lambda hook=hook, rank=bad_rank: failing(DeadFilters, hook, rank)
