@@ -45,9 +45,8 @@ def check_numbers(argument: str, value: Any, *, positive: bool = False) -> None:
     """Refuses everything but None and a non-empty sequence of finite numbers, above 0 where `positive`."""
     if value is None:
         return
-    listed = isinstance(value, Iterable) and not isinstance(value, str)
-    numbers = list(value) if listed else []
-    right = all(isinstance(item, int | float) and not isinstance(item, bool) and math.isfinite(item) for item in numbers)
+    numbers = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else []
+    right = all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
     if not numbers or not right or (positive and min(numbers) <= 0):
         raise expected(argument, f"a list of {'positive ' if positive else ''}numbers or None", value)
 

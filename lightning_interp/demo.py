@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import shlex
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -157,7 +158,7 @@ def run_demo(out: Path, *, epochs: int = 30, seed: int = 0, console: Console | N
             outcomes.append(train_run(run, out, train, validation, epochs=epochs, seed=seed, callbacks=[ticks]))
     rows = [((outcome.name, f"{outcome.accuracy:.1%}"), outcome.alerts) for outcome in outcomes]
     console.print(alert_table(rows, columns=["run", "accuracy"]))
-    line = f"Now look inside:  tensorboard --logdir {shlex.quote(str(out))}"
+    line = f"Now look inside:  {_tensorboard()} --logdir {shlex.quote(str(out))}"
     console.print(line, style="bold", soft_wrap=True, highlight=False, markup=False)
     return outcomes
 
@@ -249,6 +250,15 @@ def _foreign(folder: Path) -> Path | None:
 
 def _is_own(name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in OWN_FILES)
+
+
+def _tensorboard() -> str:
+    """What starts TensorBoard: its plain name, or its path where this environment was never activated."""
+    beside = Path(sys.executable).with_name("tensorboard")
+    if shutil.which("tensorboard") or not beside.exists():
+        return "tensorboard"
+    here = Path.cwd()
+    return shlex.quote(str(beside.relative_to(here) if beside.is_relative_to(here) else beside))
 
 
 @contextmanager

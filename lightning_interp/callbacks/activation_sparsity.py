@@ -276,11 +276,13 @@ class _Maps:
         self.by_unit: dict[str, Tensor] = {}
 
     def read(self, end: End) -> None:
-        """Keeps (N, C, h, w) of the first branch of each unit."""
+        """Keeps (N, C, h, w) of the first branch of each unit; of volumes the slice in the middle."""
         layout = end.layout
         spatial = end.tensor.ndim > 2 and layout.outer == layout.inner == 1
         if end.activation is not None and spatial and end.unit not in self.by_unit:
             shown = end.tensor.movedim(layout.axis, 1).narrow(1, layout.start, min(layout.size, _MAX_CHANNELS))
+            while shown.ndim > _IMAGE_AXES:
+                shown = shown.select(2, shown.shape[2] // 2)
             self.by_unit[end.unit] = shown.clone()
 
 

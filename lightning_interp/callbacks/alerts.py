@@ -190,7 +190,7 @@ class Alerts(Family):
         step = self._times.due(hook, self.step_of(trainer))
         if step is None:
             return
-        worst, decision = None, False
+        worst = None
         try:
             if trainer.is_global_zero:
                 worst = self._check(trainer, step, last=hook == "on_train_end")
@@ -224,8 +224,6 @@ class Alerts(Family):
                 self.say_once(f"Rule {rule.name!r} failed with {type(error).__name__}: {error}. The other rules go on.")
         if self._outlets is not None:
             self._outlets.check()
-
-    # ------------------------------------------------------------------ acting
 
     def _agree(self, trainer: Trainer, worst: Alert | None) -> bool:
         """Whether to stop or raise: what rank zero says, on all ranks."""

@@ -21,6 +21,8 @@ from lightning_interp.functional.saliency import METHODS, Explanation, SaliencyO
 from lightning_interp.render.color import denormalise
 from lightning_interp.render.sheets import frame, heat, overlay, sheet, strip_sheet
 
+_HEADINGS = {"gradient_x_input": "gradient x input", "guided_backprop": "guided backprop"}
+_HEADINGS |= {"integrated_gradients": "int. gradients", "smooth_grad": "SmoothGrad", "grad_cam": "Grad-CAM"}
 _CHANCE_ORDERS = 3  # random orders whose mean is what chance gives
 
 
@@ -162,7 +164,7 @@ class SaliencyMaps(SampledCallback):
         for method, maps in found.maps.items():
             values = maps.float().cpu().numpy()
             over = overlay(images, values)
-            picture = sheet([images, heat(values), over], ["image", method.replace("_", " "), "overlay"], texts)
+            picture = sheet([images, heat(values), over], ["image", _HEADINGS.get(method, method), "overlay"], texts)
             self.show(trainer, "saliency", method, picture, step=step)
             strip = self.strip(method)
             strip.push(step, frame(over))
@@ -200,6 +202,9 @@ class SaliencyMaps(SampledCallback):
         self._log_means(trainer, "deletion", {m: curve.deletion for m, curve in curves.items()}, step)
         self._log_means(trainer, "insertion", {m: curve.insertion for m, curve in curves.items()}, step)
         above = {m: curve.insertion - curve.deletion - chance for m, curve in curves.items()}
+        # A map that is the same everywhere (an empty Grad-CAM) says nothing, so nothing is said of it.
+        says = {m: values.amax(dim=(1, 2)) > values.amin(dim=(1, 2)) for m, values in maps.items()}
+        above = {m: torch.where(says[m], value, torch.nan) for m, value in above.items()}
         self._log_means(trainer, "above_chance", above, step)
 
     def _curves(self, model: ScoreModel, targets: Tensor, maps: Tensor, *, seed: int = 0) -> Faithfulness:

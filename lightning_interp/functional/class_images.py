@@ -18,8 +18,8 @@ Method = Literal["fourier", "simonyan"]
 METHODS: tuple[Method, ...] = ("fourier", "simonyan")
 
 _RATE = {"fourier": 0.05, "simonyan": 0.05}
-_PENALTY = {"fourier": 0.05, "simonyan": 0.1}
-_GAIN = 4.0
+_PENALTY = {"fourier": 2.0, "simonyan": 0.1}
+_GAIN = 1.0
 # One draw more than these would change the mean probability by less than 0.02.
 _DRAWS = 16
 

@@ -135,9 +135,10 @@ def sheet(columns: Sequence[Pixels], headings: Sequence[str], captions: Sequence
 def _group(columns: Sequence[Pixels], headings: Sequence[str], captions: Sequence[Caption], width: int) -> Pixels:
     """Samples below one another."""
     side = (width - _GAP * (len(columns) - 1)) // len(columns)
+    height = _height(columns[0][0], side)
     parts = [_side_by_side([text_lines([heading], side) for heading in headings])]
     for index in range(len(columns[0])):
-        parts.append(_side_by_side([fitted(column[index], side, side) for column in columns]))
+        parts.append(_side_by_side([fitted(column[index], height, side) for column in columns]))
         parts.append(text_lines(captions[index], width))
     return _stacked(parts, width)
 
@@ -145,12 +146,19 @@ def _group(columns: Sequence[Pixels], headings: Sequence[str], captions: Sequenc
 def _single(pictures: Sequence[Pixels], headings: Sequence[str], caption: Caption) -> Pixels:
     """One sample, its pictures two by two, the caption in the place left over or below."""
     side = (WIDTH - _GAP) // 2
+    height = _height(pictures[0], side)
     cells = [
-        _stacked([text_lines([heading], side), fitted(picture, side, side)], side)
+        _stacked([text_lines([heading], side), fitted(picture, height, side)], side)
         for picture, heading in zip(pictures, headings, strict=True)
     ]
     rows = [_side_by_side(cells[index : index + 2]) for index in range(0, len(cells), 2)]
     return _stacked([*rows, text_lines(caption, WIDTH)], WIDTH)
+
+
+def _height(picture: Pixels, side: int) -> int:
+    """Of a cell that is `side` wide: as high as the picture will be, but never higher than wide."""
+    factor = side / max(picture.shape[:2])
+    return min(side, round(picture.shape[0] * (int(factor) if factor >= 1 else factor)) or 1)
 
 
 def fitted(picture: Pixels, height: int, width: int) -> Pixels:
@@ -183,23 +191,22 @@ def frame(pictures: Pixels) -> Pixels:
         pictures: (N, H, W, 3).
 
     Returns:
-        (78, 78, 3).
+        (height, 78, 3); the height depends on the shape of the pictures alone.
     """
     columns = 1 if len(pictures) == 1 else 2
     side = (FRAME - (columns - 1) * _GAP) // columns
-    canvas = _blank(FRAME, FRAME)
-    for index, picture in enumerate(pictures[: columns * columns]):
-        top, left = (index // columns * (side + _GAP), index % columns * (side + _GAP))
-        canvas[top : top + side, left : left + side] = fitted(picture, side, side)
-    return canvas
+    height = _height(pictures[0], side)
+    cells = [fitted(picture, height, side) for picture in pictures[: columns * columns]]
+    rows = [_side_by_side(cells[index : index + columns]) for index in range(0, len(cells), columns)]
+    return _stacked(rows, FRAME)
 
 
 def strip_sheet(frames: Sequence[tuple[int, Pixels]], first: Pixels | None = None) -> Pixels:
     """Frames in reading order, each with its step above it.
 
     Args:
-        frames: Pairs of a step and (78, 78, 3), at least one.
-        first: (78, 78, 3), shown before the others under the heading "images".
+        frames: Pairs of a step and what `frame` gave, at least one.
+        first: What `frame` gave for the images, shown before the others under the heading "images".
 
     Returns:
         (height, width, 3), at most 320 wide with up to 16 frames, no more than twice as high or half as high.

@@ -62,7 +62,8 @@ def fit(text: str, room: int) -> str:
         >>> fit("golden retriever", 9)
         'golden r~'
     """
-    known = " ".join(text.split()).encode("latin-1", "replace").decode("latin-1") if text.strip() else text
+    plain = "".join(" " if character.isspace() else character for character in text)
+    known = plain.encode("latin-1", "replace").decode("latin-1")
     return known if len(known) <= room else known[: max(room - 1, 0)] + "~" * min(room, 1)
 
 

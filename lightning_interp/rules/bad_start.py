@@ -21,7 +21,7 @@ from lightning_interp.rules.alert import Alert
 from lightning_interp.rules.history import History
 from lightning_interp.rules.rule import Key, Rule
 
-SOURCE = "CS231n, neural networks 3, sanity checks; separates a bad start from a too-high rate (measured, see faults)"
+SOURCE = "CS231n, neural networks 3, sanity checks (loss at chance level); the factor is measured"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from lightning_interp.callbacks import activation_sparsity
 from lightning_interp.callbacks.activation_sparsity import ActivationSparsity
 from lightning_interp.callbacks.session import Session
 from lightning_interp.errors import ArgumentError, InterpWarning
+from lightning_interp.render.maps import activation_grid
 from tests.callbacks.watched import Plain, Watched, fit, images, loader
 
 
@@ -52,9 +53,10 @@ class Reference(pl.Callback):
 
 
 def run(module=None, *, callbacks=(), train=None, options=None, **settings):
+    """Without maps, unless they are asked for: their forwards would be in the reference's book."""
     torch.manual_seed(0)
     reference = Reference()
-    callback = ActivationSparsity(on_error="raise", **(options or {}))
+    callback = ActivationSparsity(on_error="raise", **{"maps": False} | (options or {}))
     fit(module or Plain(), callback, reference, *callbacks, train=train, **settings)
     return callback, reference
 
@@ -111,7 +113,9 @@ def test_endless_data_falls_back_to_steps(monkeypatch):
     monkeypatch.setattr("lightning_interp.callbacks.schedule.FALLBACK_STEPS", 4)
     monkeypatch.setattr(activation_sparsity, "_SAMPLE_EVERY", 2)
     with pytest.warns(InterpWarning, match=r"no activation maps.*read by index.*got Endless"):
-        _, reference = run(train=DataLoader(Endless(), batch_size=1), epochs=-1, max_steps=9)
+        _, reference = run(
+            train=DataLoader(Endless(), batch_size=1), epochs=-1, max_steps=9, options={"maps": True}
+        )
     assert_history(reference, {0: [0], 3: [2], 7: [4, 6], 8: [8]})
 
 
@@ -252,7 +256,7 @@ def test_maps_are_those_of_the_same_samples_throughout(val, drawn):
     """Of the validation set where there is one; with the weights of the moment; shuffling does not matter."""
     train = DataLoader(list(zip(*images(), strict=True)), batch_size=3, shuffle=True)
     expected = Weights(images(7, seed=int(val))[0][:2])
-    run(train=train, val=loader(seed=1) if val else None, epochs=3, options={"num_samples": 2}, callbacks=[expected])
+    run(train=train, val=loader(seed=1) if val else None, epochs=3, options={"maps": True, "num_samples": 2}, callbacks=[expected])
     assert len(drawn) == len(expected.maps) == 4 * 2 * 2
     for (maps, _), by_hand in zip(drawn, expected.maps, strict=True):
         assert np.allclose(maps, by_hand, atol=1e-6)
@@ -263,9 +267,7 @@ def test_maps_are_those_of_the_same_samples_throughout(val, drawn):
 
 def test_maps_of_a_slice_are_its_own(drawn):
     """Of a concatenation only the layer's own channels are shown."""
-    torch.manual_seed(0)
-    module = Mixed()
-    run(module, epochs=1)
+    run(Mixed(), epochs=1, options={"maps": True})
     assert [len(maps) for maps, _ in drawn[:3]] == [3, 2, 5]
 
 
@@ -282,15 +284,26 @@ class Flat(Watched):
         return self.note("none", F.relu(self.none(x.mean((2, 3, 4)))))
 
 
-def test_maps_of_any_number_of_axes():
-    """Sequences and volumes are drawn, what has no positions is left out; nothing fails."""
-    _, reference = run(Flat(), epochs=1)
+def test_maps_of_any_number_of_axes(monkeypatch):
+    """Sequences as they are, of volumes the slice in the middle; what has no positions is left out."""
+    shapes = []
+
+    def draw(maps, image=None):
+        shapes.append(maps.shape)
+        return activation_grid(maps, image)
+
+    monkeypatch.setattr(activation_sparsity, "activation_grid", draw)
+    _, reference = run(Flat(), epochs=1, options={"maps": True})
     assert list(reference.history) == ["one", "three", "none"]
+    assert shapes == [(3, 64), (4, 4, 4)] * 2
 
 
 def test_no_maps_where_none_are_wanted(drawn):
     """Numbers only."""
-    _, reference = run(options={"maps": False}, epochs=1)
+    run(epochs=1, options={"maps": True})
+    assert len(drawn) == 4
+    drawn.clear()
+    _, reference = run(epochs=1)
     assert drawn == []
     assert list(reference.history) == ["first", "second"]
 
@@ -308,7 +321,7 @@ class NoForward(Plain):
 def test_model_that_can_not_be_called_with_images_keeps_its_numbers(drawn):
     """Said once, with the reason."""
     with pytest.warns(InterpWarning, match=r"no activation maps.*TypeError.*mask") as said:
-        _, reference = run(NoForward(), epochs=2)
+        _, reference = run(NoForward(), epochs=2, options={"maps": True})
     assert len([warning for warning in said if warning.category is InterpWarning]) == 1
     assert drawn == []
     assert list(reference.history) == ["first", "second"]
@@ -316,7 +329,7 @@ def test_model_that_can_not_be_called_with_images_keeps_its_numbers(drawn):
 
 def test_precision_of_the_weights(drawn):
     """The samples have the type of the weights, and the numbers are right in half precision too."""
-    _, reference = run(epochs=1, precision="bf16-true")
+    _, reference = run(epochs=1, precision="bf16-true", options={"maps": True})
     assert len(drawn) == 4
     assert_history(reference, {0: [0]})
 

@@ -51,7 +51,7 @@ def run(recipe, callbacks):
     return _outcome(trainer, model, own, capture, train, val)
 
 
-def _outcome(trainer, model, own, capture, train, val):
+def _outcome(trainer, model, own, capture, train, val):  # noqa: PLR0917
     parameters = dict(model.named_parameters())
     return {
         "weights and buffers": {name: value.clone() for name, value in model.state_dict().items()},
@@ -97,7 +97,7 @@ def assert_undisturbed(make_callbacks, recipe):
         raise AssertionError(f"{recipe.name}: the callbacks changed {'; '.join(found[:12])}{more}")
 
 
-def differences(expected, actual, path="run"):
+def differences(expected, actual, path="run"):  # noqa: PLR0911
     """Where two nested values differ in any bit, in type or in length."""
     if type(expected) is not type(actual):
         return [f"{path}: {type(expected).__name__} became {type(actual).__name__}"]
@@ -108,9 +108,8 @@ def differences(expected, actual, path="run"):
     if isinstance(expected, list | tuple):
         if len(expected) != len(actual):
             return [f"{path}: length {len(expected)} became {len(actual)}"]
-        return [
-            d for i, (a, b) in enumerate(zip(expected, actual, strict=True)) for d in differences(a, b, f"{path}[{i}]")
-        ]
+        pairs = enumerate(zip(expected, actual, strict=True))
+        return [found for i, (a, b) in pairs for found in differences(a, b, f"{path}[{i}]")]
     if isinstance(expected, torch.Tensor | np.ndarray):
         return [] if _bits(expected) == _bits(actual) else [f"{path}: values differ"]
     if isinstance(expected, float):
@@ -120,12 +119,8 @@ def differences(expected, actual, path="run"):
 
 def _bits(value):
     if isinstance(value, torch.Tensor):
-        return (
-            value.dtype,
-            tuple(value.shape),
-            value.requires_grad,
-            value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes(),
-        )
+        flat = value.detach().contiguous().view(-1).view(torch.uint8)
+        return value.dtype, tuple(value.shape), value.requires_grad, flat.numpy().tobytes()
     return value.dtype, value.shape, value.tobytes()
 
 

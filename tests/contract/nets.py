@@ -108,7 +108,7 @@ def sgd(parameters):
 
 
 @functools.cache
-def kit(namespace):
+def kit(namespace):  # noqa: C901
     """The classes of the tests for one namespace.
 
     Attributes of the result: `pl`, `Net`, `Capture` (a logger), `trainer` (a function), `DataModule`.

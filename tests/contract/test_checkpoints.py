@@ -96,7 +96,7 @@ def test_checkpoints_of_every_step_load_without_this_package(name, tmp_path):
 
 
 def test_checkpoint_from_inside_a_step_loads_without_this_package(tmp_path):
-    """In mid-forward hooks are on; what is left of them in the checkpoint is a call of Python's own that does nothing."""
+    """In mid-forward hooks are on; what is left of them in the file is a call of Python's own that does nothing."""
     model = Saving(body(), str(tmp_path))
     quiet_trainer(callbacks=often(), max_epochs=1).fit(model, loader(), loader(12, seed=1, shuffle=False))
     found = load_without_us(tmp_path / "inside.ckpt", tmp_path)

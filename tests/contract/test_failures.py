@@ -17,11 +17,11 @@ from tests.contract.nets import Capture, Net, loader, pl, quiet_trainer
 from tests.reading import event_files, summaries
 
 
-class OurBug(RuntimeError):
+class OurError(RuntimeError):
     """Stands for any error inside a callback of ours."""
 
 
-class TheirBug(RuntimeError):
+class TheirError(RuntimeError):
     """Stands for any error in the user's code."""
 
 
@@ -39,7 +39,7 @@ def failing(cls, hook, when, **options):
     def broken(self, trainer, *args, **kwargs):
         if when == "after":
             getattr(super(made, self), hook)(trainer, *args, **kwargs)
-        raise OurBug(f"in {hook}")
+        raise OurError(f"in {hook}")
 
     broken.__name__ = hook
     made = type(f"Broken{cls.__name__}", (cls,), {hook: broken})
@@ -99,7 +99,7 @@ def test_error_in_a_hook_is_reported_once_and_training_goes_on(cls, hook, when, 
 
 def _message(cls, hook):
     return (
-        f"{cls.__name__} failed in {hook} with OurBug: in {hook}. Training goes on without it. "
+        f"{cls.__name__} failed in {hook} with OurError: in {hook}. Training goes on without it. "
         'Set on_error="raise" to see where it comes from.'
     )
 
@@ -108,7 +108,7 @@ def _message(cls, hook):
 def test_error_with_on_error_raise_is_raised_and_nothing_is_left(cls, tmp_path):
     """For those who want to see it."""
     model = Net()
-    with pytest.raises(OurBug, match="in on_train_batch_end"):
+    with pytest.raises(OurError, match="in on_train_batch_end"):
         train([failing(cls, "on_train_batch_end", "after", on_error="raise"), *often()], tmp_path, model)
     assert_nothing_left(model)
     pickle.dumps(model)
@@ -131,12 +131,12 @@ def test_error_while_reading_activations_is_reported_once(cls, tmp_path, monkeyp
     from lightning_interp.functional.tracing import ActivationTracer
 
     def broken(self, name, module, output):
-        raise OurBug("odd layer")
+        raise OurError("odd layer")
 
     monkeypatch.setattr(ActivationTracer, "_begin", broken)
     model, trainer, said, watching = train([cls()], tmp_path)
     assert len(said) == len(set(said)) <= 2  # `Interp` holds two callbacks that read
-    assert all("OurBug: odd layer" in message for message in said)
+    assert all("OurError: odd layer" in message for message in said)
     assert watching.batches == 8
     assert_nothing_left(model, trainer.optimizers)
 
@@ -158,7 +158,7 @@ class Failing(Net):
             raise self.error
 
 
-ERRORS = [TheirBug("their bug"), KeyboardInterrupt(), SystemExit(3)]
+ERRORS = [TheirError("their bug"), KeyboardInterrupt(), SystemExit(3)]
 
 
 @pytest.mark.usefixtures("_signals_kept")
@@ -169,7 +169,7 @@ def test_error_in_a_step_of_the_user_leaves_nothing_behind(callbacks, error, whe
     """In the middle of a forward, while everything listens."""
     model = Failing(error, where)
     expected = hooks_on(model)
-    with pytest.raises((TheirBug, SystemExit)):  # Lightning turns Ctrl-C into SystemExit
+    with pytest.raises((TheirError, SystemExit)):  # Lightning turns Ctrl-C into SystemExit
         train(callbacks(), tmp_path, model, num_sanity_val_steps=0)
     assert_nothing_left(model, expected=expected)
     assert pickle.loads(pickle.dumps(model.net[0])).weight.equal(model.net[0].weight)
@@ -200,8 +200,8 @@ class Rude(pl.Callback):
 )  # fmt: skip
 def test_error_in_a_callback_of_the_user_leaves_nothing_behind(hook, first, tmp_path):
     """Listed before ours and after."""
-    rude, model = Rude(hook, TheirBug(hook)), Net()
-    with pytest.raises(TheirBug, match=hook):
+    rude, model = Rude(hook, TheirError(hook)), Net()
+    with pytest.raises(TheirError, match=hook):
         train([rude, *often()] if first else [*often(), rude], tmp_path, model, num_sanity_val_steps=0)
     assert_nothing_left(model)
     pickle.dumps(model)
@@ -210,8 +210,8 @@ def test_error_in_a_callback_of_the_user_leaves_nothing_behind(hook, first, tmp_
 def test_trainer_works_again_after_an_exception(tmp_path):
     """The same callbacks in a new fit."""
     callbacks = often()
-    with pytest.raises(TheirBug):
-        train(callbacks, tmp_path / "a", Failing(TheirBug(), "train"))
+    with pytest.raises(TheirError):
+        train(callbacks, tmp_path / "a", Failing(TheirError(), "train"))
     model, _, said, watching = train(callbacks, tmp_path / "b")
     assert said == []
     assert watching.batches == 8

@@ -1,7 +1,7 @@
 """One of two processes that train together on the CPU: `two_processes.py FOLDER SCENARIO...`.
 
-Each scenario is a fit; what this process saw of it is written to `FOLDER/<scenario>.<rank>.json`. All scenarios run in the
-same pair of processes, since starting one takes seconds. A collective that one rank misses ends in an error after
+Each scenario is a fit; what this process saw of it is written to `FOLDER/<scenario>.<rank>.json`. All scenarios run in
+the same pair of processes, since starting one takes seconds. A collective that one rank misses ends in an error after
 `PATIENCE`.
 """
 
@@ -22,7 +22,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_interp import Alerts, DeadFilters, Interp, InterpWarning
+from lightning_interp import Alerts, DeadFilters, Interp, InterpWarning, NonFiniteRule
 from tests.contract.battery import differences
 from tests.contract.factories import often
 from tests.contract.hooks import hooks_on, modes_on_stack
@@ -101,13 +101,10 @@ class Batches(pl.Callback):
     """Counts the batches of this process."""
 
     def __init__(self):
-        self.train = self.val = 0
+        self.train = 0
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.train += 1
-
-    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
-        self.val += not trainer.sanity_checking
 
 
 def everyone(value):
@@ -166,8 +163,11 @@ def failing(cls, hook, bad_rank, when="before"):
     broken.__name__ = hook
     made = type("Broken", (cls,), {hook: broken})
     batches, model = Batches(), Marked()
-    options = {"split": "train", "window_steps": 2} if cls is DeadFilters else {}
-    trainer([made(**options), batches]).fit(model)
+    options = {
+        DeadFilters: {"split": "train", "window_steps": 2},
+        Alerts: {"on_alert": "stop", "rules": [NonFiniteRule()]},  # all ranks must decide together
+    }
+    trainer([made(**options.get(cls, {})), batches]).fit(model)
     return {"train": batches.train, "hooks": len(hooks_on(model)) - 1, "modes": modes_on_stack()}
 
 
