@@ -56,7 +56,8 @@ def read_alerts(folder: Path) -> list[AlertLog]:
 
 def _read(path: Path, folder: Path) -> AlertLog:
     alerts, unreadable = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    # Not splitlines: JSON leaves U+2028 and its like as they are.
+    for line in filter(None, path.read_text(encoding="utf-8", errors="replace").split("\n")):
         try:
             alert = Alert.from_dict(json.loads(line))
         except (ValueError, TypeError, KeyError, AttributeError):

@@ -6,6 +6,7 @@ that an error is reported once and the callback rests while training goes on, an
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
@@ -80,6 +81,7 @@ def _guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
             self.flush(trainer)
             return result
         except (ArgumentError, AlertRaised):
+            self._flush_quietly(trainer)
             raise
         except Exception as error:
             self._rest(error, name)
@@ -238,6 +240,11 @@ class InterpCallback(CallbackBase):
         if self._outbox:
             records, self._outbox = self._outbox, []
             Session.of(trainer).write(trainer, records)
+
+    def _flush_quietly(self, trainer: Trainer) -> None:
+        """What was found must be on record before an error that the user asked for ends the run."""
+        with contextlib.suppress(Exception):
+            self.flush(trainer)
 
     def tag(self, quantity: str, suffix: str = "") -> str:
         """`interp/<quantity><suffix>`, the tag of a number for the whole model."""

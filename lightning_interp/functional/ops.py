@@ -56,8 +56,8 @@ def base_name(func: Any) -> str:
 
     Example:
         >>> import torch
-        >>> base_name(torch.relu_), base_name(torch.Tensor.__iadd__), base_name(torch.nn.functional.max_pool2d)
-        ('relu', 'iadd', 'fn')
+        >>> base_name(torch.relu_), base_name(torch.Tensor.__iadd__), base_name(torch.nn.functional.relu)
+        ('relu', 'iadd', 'relu')
     """
     return str(getattr(func, "__name__", "")).strip("_")
 

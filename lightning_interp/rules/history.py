@@ -39,7 +39,7 @@ class Point(NamedTuple):
     """One measured value.
 
     Attributes:
-        step: Optimizer steps done when it was measured.
+        step: Index of the step at which it was measured, from 0.
         value: The number.
     """
 
@@ -112,9 +112,9 @@ class History:
     """What is known of a run.
 
     Attributes:
-        series: By quantity and layer (None = the whole run). The quantities are listed in `rules/README.md`.
+        series: By quantity and layer (None = the whole run). The quantities are listed at the head of this file.
         facts: Numbers that do not change, or only the newest of which matters: `num_classes`, `planned_steps`, ...
-        step: Optimizer steps done.
+        step: Index of the newest step, from 0.
         epoch: Current epoch, from 0.
         finished: Whether the training has ended as planned (not: was interrupted).
     """

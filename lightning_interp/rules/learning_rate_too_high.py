@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from lightning_interp._options import check_at_least, check_number
 from lightning_interp.rules._evidence import (
+    OVERSHOOT_SHARE,
     Death,
     Jump,
     batch_jump,
@@ -44,6 +45,10 @@ class LearningRateTooHighRule(Rule):
     - the loss is no number any more, or is still above `recovered` of ln C at step `judge_step`: critical;
     - or the dead share of a layer rose by more than `dead_gain`: warning;
     - or neither: information, a "catapult"; often such runs generalise well.
+
+    The same damage is also blamed on the rate if a fifth or more of these first updates raised the loss of their own
+    batch (step ratio < 0), however little: some rates kill the units before the loss can leap. Without damage that is
+    not mentioned, since the edge of stability is a normal place to be.
 
     It is also critical if a NaN was preceded, within 20 steps, by such a jump of one batch: a bad batch would have had
     its high loss before the update; and if a cross-entropy that had been below ln C / 2 is back above `recovered` ln C.
@@ -101,15 +106,16 @@ class LearningRateTooHighRule(Rule):
         stuck = judged and loss is not None and reference is not None and loss > level * reference
         worst = max(deaths(history), key=lambda death: death.gain, default=Death("", 0.0, 0.0))
         killed = worst.gain > self.dead_gain * (HELD if is_problem(held) else 1.0)
-        if broken is None and not stuck and not killed and not judged:
+        damage = broken is not None or stuck or killed
+        if not damage and (not judged or jump.overshoots):
             return
         severity: Severity = "critical" if broken is not None or stuck else "warning" if killed else "info"
         outcome = _outcome(broken, loss if stuck else None, reference, worst if killed else None)
         yield Alert(
             rule=self.name,
             severity=severity,
-            value=jump.factor,
-            threshold=self.jump if jump.same_batch else self.logged_jump,
+            value=jump.overshoots or jump.factor,
+            threshold=OVERSHOOT_SHARE if jump.overshoots else self.jump if jump.same_batch else self.logged_jump,
             cause="learning rate" if severity != "info" else "catapult",
             message=f"{_describe(jump)}{outcome}.",
             advice=_advice(history, jump, severity),
@@ -154,6 +160,8 @@ def explains_loss(history: History) -> bool:
 def _describe(jump: Jump) -> str:
     if not math.isfinite(jump.factor):
         return f"The loss was NaN or infinite right after step {jump.step}"
+    if jump.overshoots:
+        return f"{jump.overshoots:.0%} of the first updates raised the loss of their own batch"
     grew = f"grew {jump.factor:.3g} times"
     if jump.same_batch:
         return f"At step {jump.step} the loss of one batch {grew} through its own update"

@@ -173,3 +173,32 @@ def test_wrong_thresholds_are_refused():
         LearningRateTooHighRule(dead_gain=25)
     with pytest.raises(ArgumentError, match="`judge_step`"):
         LearningRateTooHighRule(judge_step=10)
+
+
+def overshooting(ratios, *, dead=0.0, losses=None):
+    """A run whose first updates had these step ratios, none of them with a leap of the loss."""
+    history = run_of([2.3] * 80 if losses is None else losses)
+    write(history, "loss_before", [2.3] * len(ratios))
+    write(history, "loss_after", [2.3 * (1.2 if ratio < 0 else 0.99) for ratio in ratios])
+    write(history, "step_ratio", ratios)
+    return write(history, "dead_fraction", [0.0, dead], layer="conv2", every=60)
+
+
+def test_repeated_overshoots_with_lasting_damage_are_blamed_on_the_rate():
+    """Some rates kill the units before the loss can leap."""
+    (alert,) = check(LearningRateTooHighRule(), overshooting([-1.0] * 5 + [0.5] * 15, dead=0.9))
+    assert (alert.severity, alert.cause) == ("critical", "learning rate")
+    assert alert.value == 0.25
+    assert "25%" in alert.message
+    (alert,) = check(
+        LearningRateTooHighRule(), overshooting([-1.0] * 5 + [0.5] * 15, dead=0.9, losses=falling(80, tau=15))
+    )
+    assert alert.severity == "warning"
+
+
+def test_overshoots_without_damage_or_too_few_of_them_are_no_alert():
+    """The edge of stability is a normal place to be."""
+    losses = falling(80, tau=15)
+    assert check(LearningRateTooHighRule(), overshooting([-1.0] * 8 + [0.5] * 12, losses=losses)) == []
+    assert check(LearningRateTooHighRule(), overshooting([-1.0] * 3 + [0.5] * 17, dead=0.9)) == []
+    assert check(LearningRateTooHighRule(), overshooting([-1.0] * 5, dead=0.9)) == []
