@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -143,8 +143,15 @@ def merge_rankings(rankings: Sequence[PatchRanking], *, k: int) -> PatchRanking:
     return PatchRanking(*(part[:, : max(1, most)] for part in best))
 
 
-def project_patches(  # noqa: PLR0913, PLR0917 - three of them say which activations
-    model: nn.Module, images: Tensor, layer: str, filters: Tensor, positions: Tensor, units: Units | None = None
+def project_patches(  # noqa: PLR0913, PLR0917 - three of them say which activation of each image
+    model: nn.Module,
+    images: Tensor,
+    layer: str,
+    filters: Tensor,
+    positions: Tensor,
+    *,
+    units: Units | None = None,
+    call: Callable[[Tensor], Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What of each image makes one position of one filter fire: guided backpropagation from there.
 
@@ -155,6 +162,7 @@ def project_patches(  # noqa: PLR0913, PLR0917 - three of them say which activat
         filters: (M,), the filter for each image.
         positions: (M,), the position for each image, as in `PatchRanking`.
         units: From `find_units`, where it has been called.
+        call: How to run the model, if not by calling it.
 
     Returns:
         The gradient (M, C, *sides), signed, zero outside the receptive field; and the activations (M,).
@@ -164,11 +172,11 @@ def project_patches(  # noqa: PLR0913, PLR0917 - three of them say which activat
     """
     with undisturbed(model, training=False, gradients=True):
         if units is None:
-            units = find_units(model, _two(images))
+            units = find_units(model, _two(images), call=call)
             check_layer(model, layer, units)
         watched = images.detach().clone().requires_grad_(True)
         with Rectifiers("guided_backprop"):
-            activation = channels_second(reach(model, watched, layer, units), len(images))
+            activation = channels_second(reach(model, watched, layer, units, call=call), len(images))
         rows = torch.arange(len(images), device=activation.device)
         chosen = activation.flatten(2) if activation.ndim > 2 else activation[..., None]
         values = chosen[rows, filters.to(activation.device), positions.to(activation.device)]

@@ -54,14 +54,14 @@ class _StoppingTracer(ActivationTracer):
             raise _Stop(Reached(tensor, strand.layout))
 
 
-def find_units(model: nn.Module, images: Tensor) -> Units:
+def find_units(model: nn.Module, images: Tensor, *, call: Callable[[Tensor], Any] | None = None) -> Units:
     """All layers with filters that the forward of these images reaches; the model must be kept undisturbed outside.
 
     Two images at least: what has one entry on the axis of the images counts as a constant of the model.
     """
     units: Units = {}
     with torch.no_grad(), ActivationTracer(model, _ignore, units=units) as tracer:
-        output = model(images)
+        output = (call or model)(images)
     del output  # a last layer is read when the tracer is left, and must live until then
     if tracer.error is not None:
         raise tracer.error

@@ -219,7 +219,7 @@ def test_rule_does_not_touch_a_shortcut_around_the_activation(method):
     assert relative(saliency_map(model, images, targets, method=method), gradient.abs().amax(1)) <= 1e-5
 
 
-COUNTS = {"resnet18": 17, "densenet121": 121, "googlenet": 57, "mobilenet_v3_small": 18}
+COUNTS = {"resnet18": 17, "densenet121": 121, "googlenet": 57, "mobilenet_v3_small": None}
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -227,9 +227,7 @@ def test_activations_of_real_networks_are_all_seen(name):
     """Modules, in-place and functional; gates (hard sigmoid) are none."""
     options = {"init_weights": False} if name == "googlenet" else {}
     model = getattr(torchvision.models, name)(weights=None, **options).eval()
-    expected = COUNTS[name]
-    if name == "mobilenet_v3_small":
-        expected = sum(isinstance(module, nn.ReLU | nn.Hardswish) for module in model.modules())
+    expected = COUNTS[name] or sum(isinstance(module, nn.ReLU | nn.Hardswish) for module in model.modules())
     listener = Rectifiers("guided_backprop")
     with torch.no_grad(), listener:
         model(torch.zeros(1, 3, 64, 64))
@@ -263,10 +261,16 @@ def test_compiled_model_gives_the_map_of_the_eager_one(method):
 FOUND = {"resnet18": 512, "vgg11": 512, "densenet121": 1024, "mobilenet_v2": 1280, "efficientnet_b0": 1280}
 
 
+def small_vgg():
+    """Without the hidden layers of its head, whose weights take seconds to draw."""
+    features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["A"])
+    return nn.Sequential(features, nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(512 * 49, 5))
+
+
 @pytest.mark.parametrize("name", FOUND)
 def test_last_feature_maps_are_found(name):
     """After the last activation, before the last pooling."""
-    model = getattr(torchvision.models, name)(weights=None).eval()
+    model = getattr(torchvision.models, name)(weights=None).eval() if name != "vgg11" else small_vgg().eval()
     with torch.no_grad(), FeatureMaps(model) as listener:
         model(torch.randn(1, 3, 64, 64))
     side = 4 if name == "vgg11" else 2
@@ -326,14 +330,13 @@ def test_completeness_gap_falls_with_the_steps():
     """At most 5 % at 50 steps and 1 % at 200, on a network with batch normalisation and shortcuts."""
     torch.manual_seed(1)
     model = torchvision.models.resnet18(weights=None, num_classes=5).eval()
-    images, targets = samples(3, (32, 32))
-    gaps = [integrated_gradients(model, images, targets, steps=steps).gap.max().item() for steps in (50, 200)]
-    assert gaps[0] <= 0.05
-    assert gaps[1] <= 0.01
-    few = integrated_gradients(model, images, targets, steps=2)
-    rise = (few.attributions.sum((1, 2, 3))).abs()
-    assert (few.gap > gaps[1]).any()
-    assert rise.shape == (3,)
+    images, _ = samples(2, (24, 32))
+    with torch.no_grad():  # the class that rises most: a rise of about nothing makes any gap large
+        targets = (model(images) - model(images.mean((0, 2, 3), keepdim=True).expand_as(images))).argmax(1)
+    gaps = [integrated_gradients(model, images, targets, steps=steps).gap.max().item() for steps in (1, 50, 200)]
+    assert gaps[0] > 0.05
+    assert gaps[1] <= 0.05
+    assert gaps[2] <= 0.01
 
 
 # ---------------------------------------------------------------------- sanity (Adebayo et al. 2018)
