@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 
+from lightning_interp.render.markdown import escape
 from lightning_interp.rules.alert import Alert
 
 LISTED = 8  # layers named in one line
-COLUMNS = ("step", "severity", "rule", "layer", "status", "what was seen", "cause", "advice")
+COLUMNS = ("alert", "what was seen", "what to do")
 TOGETHER = 3  # alerts of one rule and severity that get a line each; more share one
 
 
@@ -55,51 +56,44 @@ def _shared_line(group: Sequence[Alert]) -> str:
 
 
 def table(alerts: Iterable[Alert], *, active: Iterable[Alert] = ()) -> str:
-    r"""A Markdown table, one row an alert.
+    """A Markdown table, one row an alert; three columns, since TensorBoard breaks the words of narrow ones.
 
     Args:
         alerts: In the order of the rows.
-        active: Those among them that are up: their status reads `active`.
+        active: Those among them that are up: they are marked as such.
 
     Example:
         >>> print(table([Alert(rule="dead_filters", severity="info", layer="a|b", step=9, message="Dead.")]))
         <BLANKLINE>
-        | step | severity | rule | layer | status | what was seen | cause | advice |
-        | --- | --- | --- | --- | --- | --- | --- | --- |
-        | 9 | info | dead_filters | a\|b | raised | Dead. |  |  |
+        | alert | what was seen | what to do |
+        | --- | --- | --- |
+        | **info**: dead_filters of a\\|b, step 9, raised | Dead. | |
     """
     up = list(active)
     rows = [
-        [
-            str(alert.step),
-            alert.severity,
-            alert.rule,
-            alert.layer or "",
-            "active" if alert in up else alert.status,
-            alert.message,
-            alert.cause or "",
-            alert.advice,
-        ]
+        _row(
+            [
+                f"**{alert.severity}**: {escape(_subject(alert))}, {'active' if alert in up else alert.status}",
+                escape(alert.message),
+                escape(_remedy(alert)),
+            ]
+        )
         for alert in alerts
     ]
     # Markdown wants a blank line before a table.
-    return "\n".join(["", _row(COLUMNS), _row(["---"] * len(COLUMNS)), *(_row(map(escaped, row)) for row in rows)])
+    return "\n".join(["", _row(COLUMNS), _row(["---"] * len(COLUMNS)), *rows])
+
+
+def _subject(alert: Alert) -> str:
+    return f"{alert.rule}{f' of {alert.layer}' if alert.layer else ''}, step {alert.step}"
+
+
+def _remedy(alert: Alert) -> str:
+    return " ".join(part for part in (alert.advice, f"Likely cause: {alert.cause}." if alert.cause else "") if part)
 
 
 def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def escaped(text: str) -> str:
-    r"""What would break out of a cell of a Markdown table, made harmless.
-
-    Example:
-        >>> escaped("a|b\nc")
-        'a\\|b c'
-    """
-    for sign in ("\\", "|", "`", "*", "["):
-        text = text.replace(sign, f"\\{sign}")
-    return " ".join(text.split())
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
 
 
 def digest(active: Sequence[Alert], history: Sequence[Alert], *, limit: int = 50) -> str:

@@ -87,7 +87,7 @@ class Excited:
         first, self.count = self.count, self.count + self._size
         if images is None:
             return
-        named = {int(i) for ranker in self._rankers.values() for i in ranker.ranking.indices.unique().tolist()}
+        named = {int(i) for ranker in self._rankers.values() for i in ranker.ranking.indices.flatten().tolist()}
         self.images = {index: image for index, image in self.images.items() if index in named}
         for index in named:
             if first <= index < self.count:
@@ -100,9 +100,7 @@ class Excited:
 
     def rankings(self) -> dict[str, PatchRanking]:
         """Unit to its ranking on the CPU."""
-        return {
-            name: PatchRanking(*(part.cpu() for part in ranker.ranking)) for name, ranker in self._rankers.items()
-        }
+        return {name: PatchRanking(*(part.cpu() for part in ranker.ranking)) for name, ranker in self._rankers.items()}
 
     # ------------------------------------------------------------------ over ranks
 

@@ -21,6 +21,7 @@ from lightning_interp.render.gallery import column, frame_side, gallery, timelin
 from lightning_interp.render.strip import FilmStrip
 
 _FRAMES = 10
+_ALL = "classes"  # the one film strip
 _DEFAULT_CLASSES = 10
 _IMAGE_AXES = 4
 
@@ -154,9 +155,7 @@ class ClassImages(SampledCallback):
         self.log_group(trainer, "class_image_augmented", augmented, step=step)
         self.log_group(trainer, "class_image_score", score, step=step)
 
-    def _show(
-        self, trainer: Trainer, chosen: list[int], found: Tensor, evidence: ClassEvidence, *, step: int
-    ) -> None:
+    def _show(self, trainer: Trainer, chosen: list[int], found: Tensor, evidence: ClassEvidence, *, step: int) -> None:
         pictures = self._pictures(found)
         names = [self.class_name(index) for index in chosen]
         lines = [
@@ -165,12 +164,13 @@ class ClassImages(SampledCallback):
         ]
         for name, picture, texts in zip(names, pictures, lines, strict=True):
             self.show(trainer, "class_images", name, gallery([picture], [texts]), step=step)
-        short = [[f"{name} {augmented:.2f}"] for name, augmented in zip(names, evidence.augmented.tolist(), strict=True)]
+        moved = evidence.augmented.tolist()
+        short = [[f"{name} {augmented:.2f}"] for name, augmented in zip(names, moved, strict=True)]
         self.show(trainer, "class_images", "all", gallery(list(pictures), short), step=step)
         side = frame_side(names, _FRAMES)
-        strip = self.strip("classes")
-        strip.push(step, column(list(pictures), side))
-        self.show(trainer, "class_images", "strip", timeline(strip.frames(), names, side), step=step)
+        film = self.strip(_ALL)
+        film.push(step, column(list(pictures), side))
+        self.show(trainer, "class_images", "strip", timeline(film.frames(), names, side), step=step)
 
     def _pictures(self, found: Tensor) -> Pixels:
         """In the colours of the samples: both are stretched by the same numbers where `mean` and `std` are missing."""

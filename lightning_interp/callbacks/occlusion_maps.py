@@ -163,10 +163,10 @@ class OcclusionMaps(SampledCallback):
 
         classes, calm = found.top_class.cpu().numpy(), targets.cpu().numpy()
         columns = [images, sequential(_numpy(found.probability), 0.0, 1.0), categories(classes, calm)]
-        headings = ["image", "probability", "class"]
+        headings = ["image", "prob.", "class"]
         if found.feature_drop is not None:
             columns.append(heat(_numpy(found.feature_drop), signed=True))
-            headings.append("feature")
+            headings.append("filter")
         legends = [self._legend(*each) for each in zip(classes, calm.tolist(), strict=True)]
         self.show(trainer, "occlusion", "covered", sheet(columns, headings, legends), step=step)
 
@@ -178,7 +178,7 @@ class OcclusionMaps(SampledCallback):
         """The target, and the classes that take its place under the window, the most frequent ones first."""
         found, counts = np.unique(classes[classes != calm], return_counts=True)
         others = [int(found[i]) for i in np.argsort(-counts, kind="stable")]
-        line: list[Segment] = [(f"{self.class_name(calm)}", INK)]
+        line: list[Segment] = [(f"target {self.class_name(calm)}{', else' if others else ''}", INK)]
         line += [(f" {self.class_name(index)}", category_color(index)) for index in others[:_NAMED]]
         if len(others) > _NAMED:
             line.append((f" +{len(others) - _NAMED}", INK))

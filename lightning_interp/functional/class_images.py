@@ -39,7 +39,7 @@ def maximize_class(  # noqa: PLR0913 - options, by keyword
 
     | method | I | T |
     |---|---|---|
-    | `fourier` | spectrum, colours and range of the data (`FourierPrior`) | another small shift, scale, rotation a step |
+    | `fourier` | spectrum, colours and range of the data (`FourierPrior`) | small shift, scale, rotation, others each step |
     | `simonyan` | pixels in units of the data's standard deviation | nothing |
 
     `simonyan` reaches the higher scores and probabilities, mostly with noise that nobody else recognises; see

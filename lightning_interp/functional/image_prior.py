@@ -1,4 +1,4 @@
-"""Images as points of a space in which the data of the model are the natural ones: spectrum, colours and range of these.
+"""Images as points of a space in which those like the data are near: in their spectrum, their colours and their range.
 
 Nothing needs to be known of the user's normalisation: one batch, as the model receives it, says it all.
 Letters: K images to make, M images of data, C channels, H and W sides, F = W // 2 + 1 frequencies.
@@ -15,7 +15,9 @@ _START_SD = 0.01
 
 
 class FourierPrior:
-    """image = low + (high - low) * sigmoid(logit(mean) + gain * colours (irfft2(spectrum * amplitude)))
+    """Images as waves that are mixed like those of the data.
+
+    image = low + (high - low) * sigmoid(logit(mean) + gain * colours (irfft2(spectrum * amplitude)))
 
     `spectrum` is what one optimises; equal steps in it make changes that look like the data: large waves first, colours
     together as they go together in the data, no value beyond the data's own.
@@ -60,7 +62,8 @@ class FourierPrior:
         coloured = torch.einsum("cd,kdhw->kchw", self.colours, waves)
         span = self.high - self.low
         level = ((self.mean - self.low) / span.clamp_min(torch.finfo(span.dtype).tiny)).clamp(_MARGIN, 1 - _MARGIN)
-        return self.low + span * torch.sigmoid(level.logit() + self.gain * coloured)
+        images: Tensor = self.low + span * torch.sigmoid(level.logit() + self.gain * coloured)
+        return images
 
 
 def _colours(centred: Tensor) -> Tensor:

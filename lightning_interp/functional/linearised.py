@@ -79,26 +79,14 @@ class Linearised(TorchFunctionMode):
     def _replacement(self, name: str, args: tuple[Any, ...]) -> Replacement | None:
         if name in _ADAPTIVE:
             return lambda func, args, kwargs: self._adaptive(_ADAPTIVE[name], func, args, kwargs)
-        if name in _IDENTITIES:
-            return _identity
-        if name in _MAXIMA:
-            return _average
-        if name in _CONVOLUTIONS:
-            return lambda func, args, kwargs: _convolution(_CONVOLUTIONS[name], *args, **kwargs)
-        if name in _TRANSPOSED:
-            return lambda func, args, kwargs: _transposed(_TRANSPOSED[name], *args, **kwargs)
-        if name == "linear":
-            return lambda func, args, kwargs: _linear(*args, **kwargs)
         both = len(args) > 1 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor)
-        if name in _ADDS and both:
+        if both and name in _ADDS:
             return lambda func, args, kwargs: args[0] + args[1]
-        if name in {"amax", "max"} and not both:
+        if not both and name in {"amax", "max"}:
             return _mean
-        return None
+        return _REPLACEMENTS.get(name)
 
-    def _adaptive(
-        self, axes: int, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
+    def _adaptive(self, axes: int, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The window is that for the real image; how many of them there are depends on the canvas."""
         images = args[0]
         call = len(self.pools)
@@ -169,7 +157,9 @@ def _average(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
     flat = F.pad(images, sides).flatten(0, -axes - 1)[:, None]
     weight = torch.full((1, 1, *kernel), 1 / math.prod(kernel), dtype=images.dtype, device=images.device)
     summed = _CONVOLUTIONS[f"conv{axes}d"](flat, weight, None, stride, 0, dilation)
-    cut = summed[(..., *(slice(n) for n in size))].reshape(*images.shape[:-axes], *size)
+    for axis, length in enumerate(size, start=2):
+        summed = summed.narrow(axis, 0, length)
+    cut = summed.reshape(*images.shape[:-axes], *size)
     return (cut, None) if isinstance(out, tuple) else cut
 
 
@@ -218,7 +208,8 @@ def _transposed(  # noqa: PLR0913, PLR0917 - the signature of the function it re
 def _grouped(images: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """The mean of each group's channels, and one kernel of ones over its size for each: channels need no more."""
     axis = images.ndim - weight.ndim + 1
-    means = images.unflatten(axis, (groups, -1)).mean(axis + 1)
+    shape = images.shape
+    means = images.reshape(*shape[:axis], groups, shape[axis] // groups, *shape[axis + 1 :]).mean(axis + 1)
     kernel = weight.shape[2:]
     return means, torch.full((groups, 1, *kernel), 1 / math.prod(kernel), dtype=images.dtype, device=images.device)
 
@@ -227,6 +218,19 @@ def _linear(images: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return images.mean(-1, keepdim=True).repeat_interleave(weight.shape[0], dim=-1)
 
 
+def _calling(replacement: Callable[..., Tensor], *first: Any) -> Replacement:
+    return lambda func, args, kwargs: replacement(*first, *args, **kwargs)
+
+
 def _per_axis(value: Any, axes: int) -> tuple[int, ...]:
     values = tuple(value) if isinstance(value, Sequence) else (value,)
     return tuple(int(v) for v in (values if len(values) == axes else values * axes))
+
+
+_REPLACEMENTS: dict[str, Replacement] = {
+    **dict.fromkeys(_IDENTITIES, _identity),
+    **dict.fromkeys(_MAXIMA, _average),
+    **{name: _calling(_convolution, function) for name, function in _CONVOLUTIONS.items()},
+    **{name: _calling(_transposed, function) for name, function in _TRANSPOSED.items()},
+    "linear": _calling(_linear),
+}

@@ -143,7 +143,7 @@ def merge_rankings(rankings: Sequence[PatchRanking], *, k: int) -> PatchRanking:
     return PatchRanking(*(part[:, : max(1, most)] for part in best))
 
 
-def project_patches(  # noqa: PLR0913, PLR0917 - three of them say which activation of each image
+def project_patches(  # noqa: PLR0913 - three of them say which activation of each image
     model: nn.Module,
     images: Tensor,
     layer: str,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -162,11 +163,14 @@ def _measure(copy: _Copy, axis: int, canvas: int) -> tuple[int, tuple[int, int, 
     boxes = []
     for offset in range(3):
         middle[axis] = positions // 2 - 1 + offset
-        seen = _seen(image, activation[(0, slice(None), *middle)].sum(), axis)
+        here = activation[0]
+        for index in middle:
+            here = here[:, index]
+        seen = _seen(image, here.sum(), axis)
         if seen is None or seen[0] == 0 or seen[1] == canvas:
             return positions, None
         boxes.append(seen)
-    jumps = {after[0] - before[0] for before, after in zip(boxes, boxes[1:], strict=False)}
+    jumps = {after[0] - before[0] for before, after in pairwise(boxes)}
     sizes = {end - first for first, end in boxes}
     if len(jumps) > 1 or len(sizes) > 1 or min(jumps) < 1:
         raise IrregularError("neighbouring positions see regions of different size, or the same one")
@@ -175,7 +179,7 @@ def _measure(copy: _Copy, axis: int, canvas: int) -> tuple[int, tuple[int, int, 
 
 
 def _seen(image: Tensor, output: Tensor, axis: int) -> tuple[int, int] | None:
-    """(first, one past the last) index along the axis at which the gradient is not zero; None where it is everywhere."""
+    """(first, one past the last) index along the axis with a gradient; None where there is none at all."""
     if not output.requires_grad:
         return None
     (gradient,) = torch.autograd.grad(output, image, retain_graph=True, allow_unused=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 
 def escape(text: str) -> str:
-    r"""Makes a name safe inside a table cell.
+    r"""What would break out of a cell of a Markdown table, or be taken for markup, made harmless.
+
+    Raw HTML needs nothing: TensorBoard shows it as text.
 
     Example:
-        >>> print(escape("a|b`c"))
-        a\|b\`c
+        >>> escape("a|b\nc")
+        'a\\|b c'
     """
-    for mark in "\\|`*_<>[]":
+    for mark in "\\|`*[":
         text = text.replace(mark, f"\\{mark}")
-    return text.replace("\n", " ")
+    return " ".join(text.split())

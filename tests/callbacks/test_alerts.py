@@ -197,11 +197,11 @@ class TestEachOutlet:
         assert run.values("interp/alerts_warning") == [0.0, 1.0, 0.0, 0.0]
         (first, raised), (second, _) = run.text["interp.alerts/log/text_summary"]
         assert (first, second) == (60, 100)
-        assert raised.startswith("\n| step |")
-        assert "a\\|b | raised" in raised
+        assert raised.startswith("\n| alert |")
+        assert "of a\\|b, step 60, raised" in raised
         (_, before), (_, after) = run.text["interp.alerts/digest/text_summary"]
-        assert "| active |" in before
-        assert "| cleared |" in after
+        assert ", active |" in before
+        assert ", cleared |" in after
         assert "interp.cost/Alerts" in run.scalars
 
     def test_several_looks_at_one_step_lose_nothing(self, tmp_path):
@@ -221,7 +221,7 @@ class TestEachOutlet:
         fit(alerts, batches=5, folder=tmp_path, val=True)
         assert Counts.calls == [4, 4, 4]
         texts = seen_in(tmp_path).text["interp.alerts/log/text_summary"]
-        assert [(step, text.count("| 4 | info")) for step, text in texts] == [(4, 1), (5, 1), (6, 1)]
+        assert [(step, text.count("step 4, raised")) for step, text in texts] == [(4, 1), (5, 1), (6, 1)]
 
     def test_the_file_is_there_and_empty_without_alerts(self, tmp_path):
         fit(Alerts(rules=[LossSeen(start=1000)]), folder=tmp_path)
