@@ -8,7 +8,7 @@ BASE := .venv/.base
 DEV := .venv/.dev
 FIGURES := .venv/.figures
 OLDEST := .venv-oldest/.done
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
 
 .PHONY: demo test test-fast test-gpu test-oldest lint types layers doctest check wheel-test figures layout clean
 
@@ -25,7 +25,7 @@ test-gpu: $(DEV)  ## those that need a GPU
 	$(PYTEST) -m gpu
 
 test-oldest: $(OLDEST)  ## with the lowest versions that pyproject.toml allows
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -m "not gpu and not slow"
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --numprocesses=auto --dist=worksteal -m "not gpu and not slow"
 
 lint: $(DEV)
 	$(BIN)/ruff check .

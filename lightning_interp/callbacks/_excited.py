@@ -6,17 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DistributedSampler, SequentialSampler
 
 from lightning_interp.callbacks import _ranks
+from lightning_interp.callbacks.batches import UnreadableError, read_batch
 from lightning_interp.callbacks.samples import _indexable
 from lightning_interp.functional.patches import PatchRanker, PatchRanking, merge_rankings
 from lightning_interp.functional.reach import Reached, channels_second
-from lightning_interp.functional.tracing import End
+from lightning_interp.functional.tracing import End, Unit
 
-# What of a batch a reader asks for: unit to the number of its filters that are ranked.
-Wanted = Callable[[str], bool]
 _FIELDS = 3
 
 
@@ -134,3 +133,31 @@ class Excited:
             rankings = [PatchRanking(b[0], b[1].long(), b[2].long()) for b in blocks]
             merged[name] = merge_rankings(rankings, k=self._k)
         return merged
+
+
+def firing(ranking: PatchRanking, unit: Unit) -> PatchRanking:
+    """Without the places of filters that did not fire: there the first images of the set stand, for no reason."""
+    silent = ranking.values <= (0.0 if unit.exact_zero else -torch.inf)
+    return PatchRanking(
+        ranking.values.masked_fill(silent, -torch.inf),
+        ranking.indices.masked_fill(silent, -1),
+        ranking.positions.masked_fill(silent, -1),
+    )
+
+
+def turnover_of(before: list[list[int]], now: list[list[int]]) -> float | None:
+    """Mean over filters of the share of images that were not among the strongest before; None where nothing fires."""
+    shares = [len(set(new) - set(old)) / len(new) for old, new in zip(before, now, strict=True) if new]
+    return sum(shares) / len(shares) if shares else None
+
+
+def images_of(model: nn.Module, batch: Any) -> Tensor:
+    """The images of a batch.
+
+    Raises:
+        UnreadableError: If there are none.
+    """
+    images, _ = read_batch(model, batch)
+    if not isinstance(images, Tensor):
+        raise UnreadableError(f"Expected images as one tensor, but got {type(images).__name__}.")
+    return images

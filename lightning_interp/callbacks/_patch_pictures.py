@@ -21,6 +21,7 @@ from lightning_interp.render.patches import Box, Excitement, cut, projection
 
 _BATCH = 32
 _IMAGE_AXES = 4
+BLANK: Pixels = np.full((1, 1, 3), 24, dtype=np.uint8)
 Say = Callable[[str], None]
 
 
@@ -132,7 +133,16 @@ class LayerPictures:
                     activation = channels_second(reach(model, made, shown.layer, units, call=call), count)
                     return activation[rows, rows].reshape(count, -1).mean(1)
 
-                made = ascend(objective, count, data=images, steps=self._steps, method="fourier", seed=0)
+                made = ascend(
+                    objective,
+                    count,
+                    data=images,
+                    steps=self._steps,
+                    method="fourier",
+                    seed=0,
+                    penalty=0.0,
+                    contrast=50.0,
+                )
         except Exception as error:  # a forward that takes something else than images
             say(f"TopPatches makes no images for filters: {type(error).__name__}: {error}")
             return None

@@ -187,11 +187,11 @@ class InterpCallback(CallbackBase):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Removes what is on the model."""
-        Session.end(trainer)
+        Session.end(trainer, closed=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Removes what is on the model: after an exception Lightning calls no `teardown`."""
-        Session.end(trainer)
+        Session.end(trainer, closed=False)
 
     def release(self) -> None:
         """Lets go of whatever is still attached. Called when the callback begins to rest; must not raise."""

@@ -38,6 +38,7 @@ class Session:
         self.dead: dict[str, list[int]] = {}
         self._last_steps: dict[str, int] = {}
         self._ended = False
+        self._closed = False
 
     @classmethod
     def begin(cls, trainer: Any, model: nn.Module) -> Session:
@@ -53,14 +54,16 @@ class Session:
         return _sessions[trainer]
 
     @classmethod
-    def end(cls, trainer: Any) -> None:
+    def end(cls, trainer: Any, *, closed: bool) -> None:
         """Removes all hooks, also after an exception. May be called more than once.
 
-        The history and the loggers stay within reach: other callbacks may still have something to write.
+        The history stays within reach, and after an exception the loggers too: other callbacks may still have something
+        to write. Not so when the fit is over: Lightning closes the logs, and a late word would open a second file.
         """
         session = _sessions.get(trainer)
         if session is not None:
             session._ended = True
+            session._closed |= closed
             session.observer.close()
             session.observer = Observer(nn.Identity())  # the model knows the trainer, which must not live for ever
 
@@ -70,7 +73,7 @@ class Session:
         A record whose tag already has one at its step or later is left out: TensorBoard's fast back end would delete
         the earlier ones.
         """
-        if not trainer.is_global_zero:
+        if self._closed or not trainer.is_global_zero:
             return
         fresh = []
         for record in records:

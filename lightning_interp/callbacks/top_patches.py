@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_interp._options import check_bool, check_positive_int, select, spread
 from lightning_interp.callbacks import _ranks
-from lightning_interp.callbacks._excited import Excited, index_of
+from lightning_interp.callbacks._excited import Excited, firing, images_of, index_of, turnover_of
 from lightning_interp.callbacks._lightning import LightningModule, Trainer
-from lightning_interp.callbacks._patch_pictures import LayerPictures, Shown
+from lightning_interp.callbacks._patch_pictures import BLANK, LayerPictures, Shown
 from lightning_interp.callbacks._sampled import _numbers
 from lightning_interp.callbacks.base import InterpCallback, OnError
-from lightning_interp.callbacks.batches import UnreadableError, read_batch
 from lightning_interp.callbacks.guard import undisturbed
 from lightning_interp.callbacks.observer import Observer
 from lightning_interp.callbacks.samples import read_samples
@@ -29,6 +28,7 @@ from lightning_interp.render.patches import excitement_sheet
 from lightning_interp.render.strip import FilmStrip
 
 _SAMPLES, _BATCH = 512, 64
+_WATCHED = "the forward of the validation images"
 _FRAMES = 10
 
 
@@ -178,7 +178,7 @@ class TopPatches(InterpCallback):
         """Opens the reader."""
         if self._run is None or dataloader_idx:
             return
-        self._run.excited.begin_batch(len(_images(pl_module, batch)))
+        self._run.excited.begin_batch(len(images_of(pl_module, batch)))
         observer = Session.of(trainer).observer
         self._run.observer = observer
         observer.open(self._run.excited.read, self._chosen(observer.units) or None)
@@ -197,7 +197,7 @@ class TopPatches(InterpCallback):
             return
         observer, self._run.observer = self._run.observer, None
         observer.close_reader(self._run.excited.read)
-        images = _images(pl_module, batch) if index_of(trainer) is None else None
+        images = images_of(pl_module, batch) if index_of(trainer) is None else None
         self._run.excited.end_batch(images, self._chosen(observer.units))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -258,10 +258,8 @@ class TopPatches(InterpCallback):
     def _chosen(self, units: dict[str, Unit]) -> list[str]:
         """The layers that are shown; none as long as none are known."""
         names = [name for name, unit in units.items() if unit.counts]
-        if self.layers is not None and names:
-            wanted = [name for name in names if _matches(name, self.layers)]
-            return spread(wanted, self.max_layers)
-        return spread(names, self.max_layers) if names else []
+        patterns = ["*"] if self.layers is None else self.layers
+        return spread([n for n in names if any(fnmatchcase(n, p) for p in patterns)], self.max_layers)
 
     # ------------------------------------------------------------------ output
 
@@ -277,12 +275,15 @@ class TopPatches(InterpCallback):
         """Pictures and turnover of all layers, on rank zero."""
         session = Session.of(trainer)
         turnover: dict[str, float] = {}
-        for layer in self._chosen(session.observer.units):
+        chosen = self._chosen(session.observer.units)
+        if not chosen:
+            self.say_once(f"TopPatches has nothing to show: none of the layers has filters that {_WATCHED} reached.")
+        for layer in chosen:
             if layer not in rankings or layer not in excited.grids:
                 continue
-            ranking = _firing(rankings[layer], session.observer.units[layer])
+            ranking = firing(rankings[layer], session.observer.units[layer])
             top = [[i for i in row if i >= 0] for row in ranking.indices.tolist()]
-            if layer in self._top and (share := _turnover(self._top[layer], top)) is not None:
+            if layer in self._top and (share := turnover_of(self._top[layer], top)) is not None:
                 turnover[layer] = share
             self._top[layer] = top
             numbers = sorted({index for row in top for index in row})
@@ -290,7 +291,7 @@ class TopPatches(InterpCallback):
             shown = Shown(layer, ranking, images, excited.grids[layer])
             blocks = self._pictures.draw(pl_module, shown, self.say_once)
             self.log_pictures(trainer, "top_patches", {layer: excitement_sheet(blocks, self.k)}, step=step)
-            first = [block.patches[0] if block.patches else _BLANK for block in blocks]
+            first = [block.patches[0] if block.patches else BLANK for block in blocks]
             names = [f"f{index}" for index in range(len(blocks))]
             side = min(frame_side(names, _FRAMES), 40)
             strip = self._strips.setdefault(layer, FilmStrip(_FRAMES))
@@ -321,35 +322,3 @@ class TopPatches(InterpCallback):
         self._top = state_dict["top"]
         for layer, state in state_dict["strips"].items():
             self._strips.setdefault(layer, FilmStrip(_FRAMES)).load_state_dict(state)
-
-
-_BLANK = np.full((1, 1, 3), 24, dtype=np.uint8)
-
-
-def _images(model: LightningModule, batch: Any) -> Tensor:
-    images, _ = read_batch(model, batch)
-    if not isinstance(images, Tensor):
-        raise UnreadableError(f"Expected images as one tensor, but got {type(images).__name__}.")
-    return images
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    from fnmatch import fnmatchcase
-
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _firing(ranking: PatchRanking, unit: Unit) -> PatchRanking:
-    """Without the places of filters that did not fire: there the first images of the set stand, for no reason."""
-    silent = ranking.values <= (0.0 if unit.exact_zero else -torch.inf)
-    return PatchRanking(
-        ranking.values.masked_fill(silent, -torch.inf),
-        ranking.indices.masked_fill(silent, -1),
-        ranking.positions.masked_fill(silent, -1),
-    )
-
-
-def _turnover(before: list[list[int]], now: list[list[int]]) -> float | None:
-    """Mean over filters of the share of images that were not among the strongest before; None where nothing fires."""
-    shares = [len(set(new) - set(old)) / len(new) for old, new in zip(before, now, strict=True) if new]
-    return sum(shares) / len(shares) if shares else None

@@ -39,7 +39,7 @@ def maximize_class(  # noqa: PLR0913 - options, by keyword
 
     | method | I | T |
     |---|---|---|
-    | `fourier` | spectrum, colours and range of the data (`FourierPrior`) | small shift, scale, rotation, others each step |
+    | `fourier` | with the data's spectrum and colours (`FourierPrior`) | small shift, scale, rotation, each step anew |
     | `simonyan` | pixels in units of the data's standard deviation | nothing |
 
     `simonyan` reaches the higher scores and probabilities, mostly with noise that nobody else recognises; see
@@ -85,25 +85,42 @@ def maximize_class(  # noqa: PLR0913 - options, by keyword
 
 
 def ascend(  # noqa: PLR0913
-    objective: Callable[[Tensor], Tensor], count: int, *, data: Tensor, steps: int, method: Method, seed: int
+    objective: Callable[[Tensor], Tensor],
+    count: int,
+    *,
+    data: Tensor,
+    steps: int,
+    method: Method,
+    seed: int,
+    penalty: float | None = None,
+    contrast: float = 1.0,
 ) -> Tensor:
-    """Images that make an objective large: `objective(images)` is (count,), one number for each of (count, C, H, W).
+    """Images that make an objective large; gradients must be recorded outside.
 
-    Gradients must be recorded outside.
+    Args:
+        objective: (count, C, H, W) -> (count,), one number for each image.
+        count: Number of images.
+        data: As in `maximize_class`.
+        steps: Likewise.
+        method: Likewise.
+        seed: Likewise.
+        penalty: On the mean squared distance to the mean, in units of the variance; None takes that for class scores.
+        contrast: Of the image to start from; a larger one for what does not respond to a plain image.
     """
     check_positive_int("steps", steps)
     data = data.detach().float() if data.dtype != torch.float64 else data.detach()
     prior = FourierPrior(data, gain=_GAIN) if method == "fourier" else PixelPrior(data)
     spread = data.std(dim=(0, 2, 3), correction=0)[:, None, None].clamp_min(1e-12)
     generator = torch.Generator().manual_seed(seed)
-    variable = prior.start(count, generator)
+    weight = _PENALTY[method] if penalty is None else penalty
+    variable = contrast * prior.start(count, generator)
     adam = _Adam(_RATE[method])
     for _ in range(steps):
         variable.requires_grad_(True)
         images = prior.images(variable)
         seen = jittered(images, generator) if method == "fourier" else images
-        penalty = ((images - prior.mean) / spread).square().mean(dim=(1, 2, 3))
-        loss = (_PENALTY[method] * penalty - objective(seen)).sum()
+        distance = ((images - prior.mean) / spread).square().mean(dim=(1, 2, 3))
+        loss = (weight * distance - objective(seen)).sum()
         (gradient,) = torch.autograd.grad(loss, variable)
         variable = adam.step(variable.detach(), gradient)
     with torch.no_grad():

@@ -53,7 +53,7 @@ class FourierPrior:
     def start(self, count: int, generator: torch.Generator) -> Tensor:
         """(count, C, H, F, 2), small random numbers; the same for all, so that a class's image has no neighbours."""
         channels, height, width = self.shape
-        one = torch.randn(1, channels, height, width // 2 + 1, 2, generator=generator)
+        one: Tensor = torch.randn(1, channels, height, width // 2 + 1, 2, generator=generator)
         return (_START_SD * one).to(self.mean).repeat(count, 1, 1, 1, 1)
 
     def images(self, spectrum: Tensor) -> Tensor:
@@ -61,7 +61,9 @@ class FourierPrior:
         waves = torch.fft.irfft2(torch.view_as_complex(spectrum) * self.amplitude, s=self.shape[1:], norm="ortho")
         coloured = torch.einsum("cd,kdhw->kchw", self.colours, waves)
         span = self.high - self.low
-        level = ((self.mean - self.low) / span.clamp_min(torch.finfo(span.dtype).tiny)).clamp(_MARGIN, 1 - _MARGIN)
+        level: Tensor = ((self.mean - self.low) / span.clamp_min(torch.finfo(span.dtype).tiny)).clamp(
+            _MARGIN, 1 - _MARGIN
+        )
         images: Tensor = self.low + span * torch.sigmoid(level.logit() + self.gain * coloured)
         return images
 
@@ -72,7 +74,8 @@ def _colours(centred: Tensor) -> Tensor:
     covariance = pixels @ pixels.T / pixels.shape[1]
     values, vectors = torch.linalg.eigh(covariance.cpu())
     root = vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T
-    return (root / root.diagonal().max().clamp_min(1e-12)).to(centred)
+    colours: Tensor = (root / root.diagonal().max().clamp_min(1e-12)).to(centred)
+    return colours
 
 
 class PixelPrior:

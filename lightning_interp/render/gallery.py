@@ -30,7 +30,7 @@ def gallery(pictures: Sequence[Pixels], lines: Sequence[Sequence[str]]) -> Pixel
 
     Example:
         >>> gallery([np.zeros((8, 8, 3), np.uint8)] * 10, [["0"]] * 10).shape
-        (279, 320, 3)
+        (277, 320, 3)
     """
     if len(pictures) != len(lines) or not pictures or len({len(each) for each in lines}) != 1:
         raise ValueError(f"Expected equally many lines for each picture, but got {len(pictures)} and {len(lines)}.")

@@ -113,9 +113,7 @@ def test_endless_data_falls_back_to_steps(monkeypatch):
     monkeypatch.setattr("lightning_interp.callbacks.schedule.FALLBACK_STEPS", 4)
     monkeypatch.setattr(activation_sparsity, "_SAMPLE_EVERY", 2)
     with pytest.warns(InterpWarning, match=r"no activation maps.*read by index.*got Endless"):
-        _, reference = run(
-            train=DataLoader(Endless(), batch_size=1), epochs=-1, max_steps=9, options={"maps": True}
-        )
+        _, reference = run(train=DataLoader(Endless(), batch_size=1), epochs=-1, max_steps=9, options={"maps": True})
     assert_history(reference, {0: [0], 3: [2], 7: [4, 6], 8: [8]})
 
 
@@ -256,7 +254,13 @@ def test_maps_are_those_of_the_same_samples_throughout(val, drawn):
     """Of the validation set where there is one; with the weights of the moment; shuffling does not matter."""
     train = DataLoader(list(zip(*images(), strict=True)), batch_size=3, shuffle=True)
     expected = Weights(images(7, seed=int(val))[0][:2])
-    run(train=train, val=loader(seed=1) if val else None, epochs=3, options={"maps": True, "num_samples": 2}, callbacks=[expected])
+    run(
+        train=train,
+        val=loader(seed=1) if val else None,
+        epochs=3,
+        options={"maps": True, "num_samples": 2},
+        callbacks=[expected],
+    )
     assert len(drawn) == len(expected.maps) == 4 * 2 * 2
     for (maps, _), by_hand in zip(drawn, expected.maps, strict=True):
         assert np.allclose(maps, by_hand, atol=1e-6)

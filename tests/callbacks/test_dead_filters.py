@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_interp.callbacks.dead_filters import DeadFilters

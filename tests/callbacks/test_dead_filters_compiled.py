@@ -84,7 +84,8 @@ class Reference(pl.Callback):
         if not trainer.is_last_batch:
             return
         with torch.no_grad():
-            next(layer for name, layer in module.named_modules() if name.endswith("3")).bias[trainer.current_epoch] = -99
+            last = next(layer for name, layer in module.named_modules() if name.endswith("3"))
+            last.bias[trainer.current_epoch] = -99.0
 
     def on_validation_end(self, trainer, module):
         if self.validation and not trainer.sanity_checking:

@@ -102,12 +102,8 @@ class Attack(Plain):
 
     def __init__(self):
         super().__init__(rate=0.0)
-        self.norm = nn.BatchNorm2d(4)
         with torch.no_grad():
             self.first.weight[1], self.first.bias[1] = -0.1, -0.1
-
-    def features(self, x):
-        return super().features(x)
 
     def training_step(self, batch, batch_idx):
         self.eval()
@@ -177,7 +173,7 @@ def test_layer_that_is_skipped_in_the_first_batch_is_found_later():
     module = Skips([False, True, True, True]).rig()
     with torch.no_grad():
         module.block.a.bias[3] = -100.0
-    watcher, windows = check(module, epochs=3)
+    watcher, _ = check(module, epochs=3)
     assert list(watcher.dead) == ["first", "block.a", "block"]
     assert watcher.dead["block.a"] == [0]
 
@@ -243,7 +239,5 @@ def test_endless_data_has_windows_too():
 def test_endless_data_with_validation():
     """A validation run every three steps."""
     train = DataLoader(Endless(), batch_size=2)
-    _, windows = check(
-        Plain(), split="auto", train=train, val=loader(4), max_steps=6, epochs=-1, val_check_interval=3
-    )
+    _, windows = check(Plain(), split="auto", train=train, val=loader(4), max_steps=6, epochs=-1, val_check_interval=3)
     assert schedule(windows) == [("first", 0), ("val", 2), ("val", 5)]

@@ -12,7 +12,6 @@ from lightning_interp.functional import ops
 from lightning_interp.functional.layout import Layout, mover, reduced, reshaped
 
 
-
 def labels(shape, axis):
     """Each value is the number of its channel."""
     size = [1] * len(shape)
@@ -129,7 +128,6 @@ def test_every_spelling_of_the_arguments(name, args, kwargs):
     """Positional, named, lists and negative axes."""
     layout, y = moved(Layout(1, 0, 5, 5), name, labels((2, 5, 3, 4), 1), *args, **kwargs)
     assert_same_channels(layout, y / (2 * 3 if name == "sum" else 1))
-
 
 
 @pytest.mark.parametrize("keepdim", [False, True])

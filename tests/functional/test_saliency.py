@@ -16,7 +16,16 @@ from lightning_interp.functional.integrated_gradients import integrated_gradient
 from lightning_interp.functional.rectifiers import Rectifiers
 from lightning_interp.functional.saliency import METHODS, SaliencyOptions, explain, saliency_map, saliency_maps
 from lightning_interp.functional.spatial import FeatureMaps
-from tests.functional.attribution_nets import OTHERS, RELUS, Counting, Residual, Separate, linear_model, samples, spelled
+from tests.functional.attribution_nets import (
+    OTHERS,
+    RELUS,
+    Counting,
+    Residual,
+    Separate,
+    linear_model,
+    samples,
+    spelled,
+)
 
 RULES = ("guided_backprop", "deconvnet")
 
@@ -413,7 +422,9 @@ def test_targets_may_be_chosen_by_the_scores():
     model = spelled()
     predicted = model(images).argmax(1)
     for size in (2, 64):
-        found = explain(model, images, lambda scores, part: scores.argmax(1), ["guided_backprop"], SaliencyOptions(batch_size=size))
+        found = explain(
+            model, images, lambda scores, part: scores.argmax(1), ["guided_backprop"], SaliencyOptions(batch_size=size)
+        )
         assert torch.equal(found.targets, predicted)
         expected = saliency_map(model, images, predicted, method="guided_backprop")
         assert relative(found.maps["guided_backprop"], expected) <= 1e-6
@@ -453,7 +464,9 @@ def test_model_and_images_are_left_as_they_were(method):
     assert not images.requires_grad
     assert not found.requires_grad
     assert torch.equal(torch.get_rng_state(), generator)
-    assert {name: torch.equal(value, before[name]) for name, value in model.state_dict().items()} == dict.fromkeys(before, True)
+    assert {name: torch.equal(value, before[name]) for name, value in model.state_dict().items()} == dict.fromkeys(
+        before, True
+    )
     assert [module.training for module in model.modules()] == modes
     assert [name for name, p in model.named_parameters() if p.grad is not None] == ["net.head.weight"]
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["net.first.weight"]
