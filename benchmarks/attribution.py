@@ -13,6 +13,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import captum.attr as captum_attr
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from lightning_interp.functional.integrated_gradients import integrated_gradients
 from lightning_interp.functional.occlusion import occlusion, occlusion_map
-from lightning_interp.functional.saliency import saliency_map, saliency_maps
+from lightning_interp.functional.saliency import Method, saliency_map, saliency_maps
 
 Call = Callable[[], Tensor]
 BATCH = 64
@@ -52,12 +53,12 @@ def cases(model: nn.Module, images: Tensor, targets: Tensor, layer: str) -> dict
     def ours(method: str) -> Call:
         return lambda: saliency_map(model, images, targets, method=method)  # type: ignore[arg-type]
 
-    def cam() -> Tensor:
+    def cam() -> Any:
         oracle = captum_attr.LayerGradCam(model, model.get_submodule(layer))
         found = oracle.attribute(images, targets, relu_attributions=True)
         return captum_attr.LayerAttribution.interpolate(found, size, "bilinear")[:, 0]
 
-    def integrated() -> Tensor:
+    def integrated() -> Any:
         return captum_attr.IntegratedGradients(model).attribute(
             images, torch.zeros_like(images), targets, n_steps=50, method="gausslegendre", internal_batch_size=BATCH
         )
@@ -67,10 +68,14 @@ def cases(model: nn.Module, images: Tensor, targets: Tensor, layer: str) -> dict
             images, (3, window, window), strides=(3, stride, stride), target=targets, perturbations_per_eval=per_forward
         )[:, 0]
 
+    def three() -> Tensor:
+        methods: list[Method] = ["gradient", "gradient_x_input", "grad_cam"]
+        return saliency_maps(model, images, targets, methods=methods)["gradient"]
+
     def plain(name: str) -> Call:
         return lambda: getattr(captum_attr, name)(model).attribute(images, targets).abs().amax(1)
 
-    drop = {"window": window, "stride": stride, "baseline": 0.0}
+    drop: dict[str, Any] = {"window": window, "stride": stride, "baseline": 0.0}
     return {
         "gradient": (ours("gradient"), plain("Saliency")),
         "guided_backprop": (ours("guided_backprop"), plain("GuidedBackprop")),
@@ -81,7 +86,7 @@ def cases(model: nn.Module, images: Tensor, targets: Tensor, layer: str) -> dict
             integrated,
         ),
         "gradient + gradient_x_input + grad_cam": (
-            lambda: saliency_maps(model, images, targets, methods=["gradient", "gradient_x_input", "grad_cam"])["gradient"],
+            three,
             lambda: (plain("InputXGradient")(), cam(), plain("Saliency")())[2],
         ),
         "occlusion, one window a forward": (lambda: occlusion_map(model, images, targets, **drop), covered(1)),

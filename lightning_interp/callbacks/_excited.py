@@ -11,6 +11,7 @@ from torch.utils.data import BatchSampler, DistributedSampler, SequentialSampler
 
 from lightning_interp.callbacks import _ranks
 from lightning_interp.callbacks.batches import UnreadableError, read_batch
+from lightning_interp.callbacks.guard import generators_kept
 from lightning_interp.callbacks.samples import _indexable
 from lightning_interp.functional.patches import PatchRanker, PatchRanking, merge_rankings
 from lightning_interp.functional.reach import Reached, channels_second
@@ -157,7 +158,8 @@ def images_of(model: nn.Module, batch: Any) -> Tensor:
     Raises:
         UnreadableError: If there are none.
     """
-    images, _ = read_batch(model, batch)
+    with generators_kept():  # a user's `interp_batch` may draw
+        images, _ = read_batch(model, batch)
     if not isinstance(images, Tensor):
         raise UnreadableError(f"Expected images as one tensor, but got {type(images).__name__}.")
     return images

@@ -135,11 +135,10 @@ class SampledCallback(InterpCallback):
         if self._fixed is None:
             try:
                 self._fixed = read_samples(trainer, pl_module, self.num_samples, self.samples)
-            except UnreadableError as error:
+            except UnreadableError:
                 if self.samples is not None:
                     raise
-                self._waiting = True
-                self.say_once(f"{type(self).__name__} takes its samples from the first training batch: {error}")
+                self._waiting = True  # a stream: its first training batch will do, and says what is wrong if it won't
         else:
             device = pl_module.device
             images, labels, masks = self._fixed

@@ -37,7 +37,7 @@ class SaliencyMaps(SampledCallback):
     | `deconvnet` | Zeiler and Fergus 2013: likewise, whether or not the activation was on | 1 and 1 |
     | `smooth_grad` | Smilkov et al. 2017: mean gradient over 50 noisy copies, always the same noise | 50 and 50 |
     | `integrated_gradients` | Sundararajan et al. 2017: along a line from the mean colour | `steps` + 2 and `steps` |
-    | `grad_cam` | Selvaraju et al. 2017: where the last feature maps speak for the class | 1 and 1 |
+    | `grad_cam` | Selvaraju et al. 2017: where the last feature maps speak for the class | 1 and a part of 1 |
 
     With a list, `gradient`, `gradient_x_input` and `grad_cam` share one forward and one backward; without any of these
     one forward more tells the scores. The curves below cost 2 * `curve_steps` forwards an image for each method, and

@@ -28,28 +28,35 @@ class PlainPass(NamedTuple):
     Attributes:
         scores: (N, classes).
         targets: (N,).
-        gradients: d score / d pixel, (N, C, H, W).
+        gradients: d score / d pixel, (N, C, H, W), or None if they were not asked for.
         maps: (N, K, h, w), or None if they were not asked for.
         map_gradients: d score / d maps, (N, K, h, w), or None.
     """
 
     scores: Tensor
     targets: Tensor
-    gradients: Tensor
+    gradients: Tensor | None
     maps: Tensor | None
     map_gradients: Tensor | None
 
 
-def plain_pass(
-    model: nn.Module, images: Tensor, choose: Choose, *, maps: bool = False, layer: str | None = None
+def plain_pass(  # noqa: PLR0913 - what is wanted, by keyword
+    model: nn.Module,
+    images: Tensor,
+    choose: Choose,
+    *,
+    pixels: bool = True,
+    maps: bool = False,
+    layer: str | None = None,
 ) -> PlainPass:
-    """Runs the model once forward and once backward; all results are detached.
+    """Runs the model once forward and once backward, as far back as is needed; all results are detached.
 
     Args:
         model: `model(images) -> (N, classes)`, in eval mode.
         images: (N, C, H, W).
         choose: Which class each gradient is of, given the scores.
-        maps: Whether feature maps are wanted too.
+        pixels: Whether gradients of the pixels are wanted.
+        maps: Whether feature maps and their gradients are wanted.
         layer: Whose; None finds the last one, see `FeatureMaps`.
 
     Raises:
@@ -70,18 +77,22 @@ def plain_pass(
             f"Grad-CAM needs feature maps with more than one position, but no convolution of {type(model).__name__} "
             "makes any for these images; give `layer`, or leave this method out."
         )
-    inputs = [leaf] if found is None else [leaf, found]
-    parts = torch.autograd.grad(target_scores(scores, targets).sum(), inputs, allow_unused=True)
-    gradients = [torch.zeros_like(x) if part is None else part for x, part in zip(inputs, parts, strict=True)]
+    wanted = [tensor for tensor in (leaf if pixels else None, found) if tensor is not None]
+    parts = torch.autograd.grad(target_scores(scores, targets).sum(), wanted, allow_unused=True)
+    gradients = [torch.zeros_like(x) if part is None else part for x, part in zip(wanted, parts, strict=True)]
     return PlainPass(
         scores.detach(),
         targets,
-        gradients[0],
+        gradients[0] if pixels else None,
         None if found is None else found.detach(),
-        None if found is None else gradients[1],
+        None if found is None else gradients[-1],
     )
 
 
 def input_gradients(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
     """Derivatives of the scores by the pixels, (N, C, H, W), of one forward and one backward."""
-    return plain_pass(model, images, lambda scores: targets).gradients
+    leaf = images.clone().requires_grad_()
+    scores = model(leaf.clone())  # a copy: the model may write over it
+    check_scores(scores, targets)
+    (gradients,) = torch.autograd.grad(target_scores(scores, targets).sum(), leaf, allow_unused=True)
+    return torch.zeros_like(leaf) if gradients is None else gradients

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_interp._options import select
 from lightning_interp.functional.hooks import QuietHook
 from lightning_interp.functional.layout import Layout
+from lightning_interp.functional.strands import StrandBook
 from lightning_interp.functional.tracing import ActivationTracer, End
 from lightning_interp.functional.units import Strand, Unit
 
@@ -41,17 +42,25 @@ class _Stop(BaseException):
         self.reached = reached
 
 
-class _StoppingTracer(ActivationTracer):
+class _StoppingBook(StrandBook):
     """Leaves the forward with the first activation of one unit."""
 
-    def __init__(self, model: nn.Module, unit: Unit, units: Units) -> None:
-        # Follows all layers: what a shortcut adds must be known as a map, or the sum is not seen.
-        super().__init__(model, _ignore, units=units)
-        self._wanted = unit.name
+    def __init__(self, units: Units, wanted: str) -> None:
+        super().__init__(units, _ignore)
+        self._wanted = wanted
 
-    def _hand_over(self, strand: Strand, activation: str | None, tensor: Tensor) -> None:
+    def hand_over(self, strand: Strand, activation: str | None, tensor: Tensor) -> None:
+        """Stops where the unit is; the others do not matter."""
         if strand.unit == self._wanted and strand.layout.fits(tensor.shape) and tensor.numel():
             raise _Stop(Reached(tensor, strand.layout))
+
+
+class _StoppingTracer(ActivationTracer):
+    """Follows all layers: what a shortcut adds must be known as a map, or the sum is not seen."""
+
+    def __init__(self, model: nn.Module, unit: Unit, units: Units) -> None:
+        super().__init__(model, _ignore, units=units)
+        self._book = _StoppingBook(units, unit.name)
 
 
 def find_units(model: nn.Module, images: Tensor, *, call: Callable[[Tensor], Any] | None = None) -> Units:

@@ -104,8 +104,15 @@ class _Copy:
         self._model, self._layer, self._units = model, layer, units
         self._state = positive_state({**dict(model.named_parameters()), **dict(model.named_buffers())})
         self._pools: list[tuple[tuple[int, ...], tuple[int, ...]]] | None = None
-        image, activation = self.run(shape[1:])
-        self.has_grid = activation.ndim == image.ndim
+        self.has_grid = self._is_grid()
+        if not self.has_grid and layer in dict(model.named_modules()):
+            # Flattened before anything else came: the layer's own output still has its positions.
+            self._units, self._pools = {}, None
+            self.has_grid = self._is_grid()
+
+    def _is_grid(self) -> bool:
+        image, activation = self.run(self.shape[1:])
+        return activation.ndim == image.ndim
 
     def run(self, sides: Sequence[int]) -> tuple[Tensor, Tensor]:
         """A positive batch with these sides, and the activation (N, C, *grid) of the layer."""

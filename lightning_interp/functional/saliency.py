@@ -101,7 +101,7 @@ def saliency_map(
     | `deconvnet` | likewise, and the activation's own derivative is left out | 1 and 1 |
     | `smooth_grad` | abs(mean gradient over noisy copies), maximum over channels | `draws` and `draws` |
     | `integrated_gradients` | abs(attribution), maximum over channels | `steps` + 2 and `steps` |
-    | `grad_cam` | ReLU(weighted sum of the last feature maps), enlarged | 1 and 1 |
+    | `grad_cam` | ReLU(weighted sum of the last feature maps), enlarged | 1 and 1, back to the maps |
 
     The model runs in eval mode and is left as it was. Units: of the score, per unit of the (normalised) input for
     `gradient`, `smooth_grad` and the two rules.
@@ -204,11 +204,12 @@ def _first_pass(
         with torch.no_grad():
             scores = model(images.clone())
         return Explanation(scores=scores, targets=choose(scores))
-    plain = plain_pass(model, images, choose, maps="grad_cam" in methods, layer=options.layer)
+    pixels = bool({"gradient", "gradient_x_input"} & set(methods))
+    plain = plain_pass(model, images, choose, pixels=pixels, maps="grad_cam" in methods, layer=options.layer)
     maps = {}
-    if "gradient" in methods:
+    if plain.gradients is not None and "gradient" in methods:
         maps["gradient"] = over_channels(plain.gradients)
-    if "gradient_x_input" in methods:
+    if plain.gradients is not None and "gradient_x_input" in methods:
         maps["gradient_x_input"] = over_channels(plain.gradients * images)
     if plain.maps is not None and plain.map_gradients is not None:
         size = (images.shape[2], images.shape[3])

@@ -20,8 +20,6 @@ alive. A product with another activation (squeeze-and-excitation, gating) ends t
 from __future__ import annotations
 
 import functools
-import itertools
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,8 +31,9 @@ from torch.utils.hooks import RemovableHandle
 from lightning_interp.functional import ops
 from lightning_interp.functional.hooks import ATTENTION, QuietHook, in_backward, leave_mode
 from lightning_interp.functional.layout import Layout, mover
+from lightning_interp.functional.strands import StrandBook
 from lightning_interp.functional.undisturbed import nesting
-from lightning_interp.functional.units import End, Reader, Strand, Unit
+from lightning_interp.functional.units import End, Reader, Strand, Unit, sum_unit
 
 __all__ = ["ActivationTracer", "End", "Reader", "Unit"]
 
@@ -42,8 +41,9 @@ __all__ = ["ActivationTracer", "End", "Reader", "Unit"]
 class ActivationTracer(TorchFunctionMode):
     """Follows the outputs of filter layers through a forward and hands each activation to a reader.
 
-    Enter it around a forward: `with ActivationTracer(model, reader): model(images)`. It holds no tensor alive and
-    changes no result; an error in it, or in the reader, ends the tracing and is kept in `error`.
+    Enter it around a forward: `with ActivationTracer(model, reader): model(images)`. It changes no result, and holds no
+    tensor alive but what only a loss, or a number for a log, has read so far; an error in it, or in the reader, ends
+    the tracing and is kept in `error`.
 
     Args:
         model: Any module.
@@ -58,14 +58,10 @@ class ActivationTracer(TorchFunctionMode):
         super().__init__()
         self.units: dict[str, Unit] = {} if units is None else units
         self.error: Exception | None = None
-        self._reader = reader
         self._model = model
         self._follow = follow
-        self._strands: dict[int, tuple[weakref.ref[Tensor], tuple[Strand, ...]]] = {}
-        self._unread: set[int] = set()
-        self._ended: set[str] = set()
+        self._book = StrandBook(self.units, reader)
         self._handles: dict[nn.Module, list[RemovableHandle]] = {}
-        self._last_layer = ""
         self._inside = 0
         self._listening = False
         self._level = 0
@@ -90,9 +86,8 @@ class ActivationTracer(TorchFunctionMode):
         leave_mode(self)
         self._listening = False
         if not any(exception):
-            self._guard(self._finish)
-        self._strands.clear()
-        self._unread.clear()
+            self._guard(self._book.finish)
+        self._book.clear()
 
     def _hook_layer(self, name: str, module: nn.Module) -> None:
         training = module.training  # calls in another mode are not this batch's own forward
@@ -111,6 +106,8 @@ class ActivationTracer(TorchFunctionMode):
     def _before_attention(self, module: nn.Module, args: Any) -> None:
         """In eval mode everything goes, until the next layer outside: the fast path must find nothing of ours."""
         if not module.training:
+            if self._listening and self._concerned():
+                self._guard(lambda: self._book.end(*_tensors(args)))
             self._unhook(module.modules())
             leave_mode(self)
             self._listening = False
@@ -123,7 +120,7 @@ class ActivationTracer(TorchFunctionMode):
             self._listening = True
         self._inside += 1
         if self._inside == 1 and not self.error and self._concerned():
-            self._guard(lambda: self._end(*_tensors(args)))
+            self._guard(lambda: self._book.end(*_tensors(args)))
 
     def _leave_layer(self, name: str, training: bool, module: nn.Module, args: Any, output: Any) -> None:
         self._inside -= 1
@@ -138,8 +135,8 @@ class ActivationTracer(TorchFunctionMode):
         channels = output.shape[axis]
         if name not in self.units:
             self.units[name] = Unit(name, "linear" if linear else "conv", channels, layers=frozenset({name}))
-        self._last_layer = name
-        self._put(output, (Strand(name, Layout(axis, 0, channels, channels)),))
+        strand = Strand(name, Layout(axis, 0, channels, channels), frozenset({name}), self._book.next_call())
+        self._book.put(output, (strand,))
 
     # ------------------------------------------------------------------ torch functions
 
@@ -148,12 +145,12 @@ class ActivationTracer(TorchFunctionMode):
     ) -> Any:
         """Runs the function as it is, and notes what it does to followed channels."""
         kwargs = kwargs or {}
-        if self._inside or self.error or not self._strands or not args:
+        if self._inside or self.error or self._book.empty or not args:
             return func(*args, **kwargs)
         name = ops.base_name(func)
         if name in ops.OVERHEARD or not self._concerned():
             return func(*args, **kwargs)
-        followed = [tensor for tensor in _tensors(args) if self._of(tensor)]
+        followed = [tensor for tensor in _tensors(args) if self._book.of(tensor)]
         if not followed:
             return func(*args, **kwargs)
         in_place = ops.writes(func, kwargs)
@@ -167,35 +164,54 @@ class ActivationTracer(TorchFunctionMode):
         self, name: str, followed: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, in_place: bool
     ) -> Callable[[Tensor], tuple[Strand, ...]]:
         """What the operation will do, decided before it runs: it may write over its input."""
-        first, strands = followed[0], self._of(followed[0])
+        first, strands = followed[0], self._book.of(followed[0])
         if name in ops.NON_LINEARITIES and args[0] is first:
             activation = ops.activation_name(name, args, kwargs)
-            self._read(first)
+            self._book.read(first)
             return lambda result: self._activate(activation, strands, result)
         if name in ops.CONCATENATIONS and (joined := self._concatenate(args, kwargs)) is not None:
-            self._read(*followed)
+            self._book.read(*followed)
             return lambda result: joined
         combines = name in ops.SUMS | ops.PRODUCTS and not self._is_constant(name, args, first)
         moved = None if combines else mover(name, tuple(first.shape), args[1:], kwargs)
         if moved is not None:
-            self._read(first)
-            return lambda result: tuple(
-                strand._replace(layout=layout)
-                for strand in strands
-                if (layout := moved(strand.layout, result)) is not None and layout.fits(result.shape)
-            )
+            return lambda result: self._move(first, moved, result)
         # Something that is not this layer's alone reads the output: what counts is the output up to here.
         if in_place:
-            self._end(*followed)
-        summands = [strand for tensor in followed for strand in self._of(tensor)]
+            self._book.end(*followed)
+        summands = [strand for tensor in followed for strand in self._book.of(tensor)]
 
         def conclude(result: Tensor) -> tuple[Strand, ...]:
-            # A check or a number for a log is no reader.
-            if not in_place and result.ndim and result.dtype != torch.bool:
-                self._end(*followed)
+            if not in_place:
+                self._conclude(followed, result)
             return self._sum(summands, result) if combines and name in ops.SUMS else ()
 
         return conclude
+
+    def _move(
+        self, tensor: Tensor, moved: Callable[[Layout, Tensor], Layout | None], result: Tensor
+    ) -> tuple[Strand, ...]:
+        if not result.ndim:
+            self._conclude([tensor], result)
+            return ()
+        kept = []
+        for strand in self._book.of(tensor):
+            layout = moved(strand.layout, result)
+            if layout is not None and layout.fits(result.shape):
+                kept.append(strand._replace(layout=layout))
+            else:  # mixed with other channels, or spread over several axes: it ends here
+                self._book.end_strand(strand, tensor)
+        self._book.read(tensor)
+        return tuple(kept)
+
+    def _conclude(self, followed: list[Tensor], result: Tensor) -> None:
+        """Ends what a result was made of. A check is no reader, and a single number may be a loss or for a log."""
+        if result.dtype == torch.bool:
+            return
+        if result.ndim:
+            self._book.end(*followed)
+            return
+        self._book.postpone(followed)
 
     def _after(self, plan: Callable[[Tensor], tuple[Strand, ...]], result: Any) -> None:
         tensor = next(_tensors(result), None)
@@ -203,17 +219,18 @@ class ActivationTracer(TorchFunctionMode):
             return
         strands = plan(tensor)
         if strands:
-            self._put(tensor, strands)
+            self._book.put(tensor, strands)
         else:
-            self._strands.pop(id(tensor), None)
+            self._book.forget(tensor)
 
     def _activate(self, activation: str, strands: tuple[Strand, ...], result: Tensor) -> tuple[Strand, ...]:
         for strand in strands:
             if strand.unit is not None:
                 self.units[strand.unit].activations.add(activation)
-                self._hand_over(strand, activation, result)
+                self._book.hand_over(strand, activation, result)
         layout = strands[0].layout
-        return (Strand(None, layout._replace(start=0, size=layout.width)),)
+        sources = frozenset[str]().union(*(strand.sources for strand in strands))
+        return (Strand(None, layout._replace(start=0, size=layout.width), sources),)
 
     def _concatenate(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Strand, ...] | None:
         tensors = list(args[0])
@@ -223,11 +240,11 @@ class ActivationTracer(TorchFunctionMode):
         joined: list[Strand] = []
         start = 0
         for tensor in tensors:
-            for strand in self._of(tensor):
+            for strand in self._book.of(tensor):
                 layout = strand.layout
                 if layout.axis != axis or layout.outer != 1 or layout.inner != 1:
                     return None
-                joined.append(Strand(strand.unit, layout._replace(start=start + layout.start, width=width)))
+                joined.append(strand._replace(layout=layout._replace(start=start + layout.start, width=width)))
             start += tensor.shape[axis]
         return tuple(joined)
 
@@ -236,77 +253,31 @@ class ActivationTracer(TorchFunctionMode):
         other = args[1] if len(args) > 1 and args[0] is followed else args[0]
         if not isinstance(other, Tensor) or other is followed:
             return not isinstance(other, Tensor)
-        if self._of(other):
+        if self._book.of(other):
             return False
-        if isinstance(other, nn.Parameter) or other.numel() == 1 or other.ndim < followed.ndim or other.shape[0] == 1:
+        if isinstance(other, nn.Parameter) or other.numel() == 1 or other.ndim < followed.ndim:
             return True
+        if other.shape[0] == 1:  # in a batch of one that may be an activation too
+            return followed.shape[0] > 1 or any(other is buffer for buffer in self._model.buffers())
         return name in ops.PRODUCTS and other.shape[0] == other.numel()  # one factor a sample: stochastic depth
 
     def _sum(self, strands: Sequence[Strand], result: Tensor) -> tuple[Strand, ...]:
         named = {strand.unit for strand in strands if strand.unit is not None}
-        layers = {name for name in named if self.units[name].kind != "sum"} or {self._last_layer}
+        sources = frozenset[str]().union(*(strand.sources for strand in strands))
+        layers = frozenset(name for name in named if self.units[name].kind != "sum") or sources
         layout = strands[0].layout
         layout = layout._replace(start=0, size=layout.width)
-        name = self._sum_name(frozenset(layers), layout.width) if layout.fits(result.shape) else None
-        return (Strand(name, layout),) if name is not None else ()
-
-    def _sum_name(self, layers: frozenset[str], channels: int) -> str | None:
-        """A sum is named after the block that makes it: what the names of its layers begin with."""
-        for unit in self.units.values():
-            if unit.kind == "sum" and unit.layers == layers:
-                return unit.name
-        if self._follow is not None:
-            return None  # not all summands are followed, so this can only be a part of a sum that nobody asked for
-        parts = [name.split(".")[:-1] for name in layers]
-        block = itertools.takewhile(lambda words: len(set(words)) == 1, zip(*parts, strict=False))
-        base = ".".join(words[0] for words in block) or "sum"
-        taken = itertools.count(2)
-        name = base
-        while name in self.units:
-            name = f"{base}#{next(taken)}"
-        self.units[name] = Unit(name, "sum", channels, layers=layers)
-        return name
+        if not layout.fits(result.shape):
+            return ()
+        # Where not all layers are followed, an unknown sum can only be a part of one that nobody asked for.
+        name = sum_unit(self.units, layers, layout.width, new=self._follow is None)
+        return (Strand(name, layout, layers, self._book.next_call()),) if name is not None else ()
 
     # ------------------------------------------------------------------ bookkeeping
 
     def _concerned(self) -> bool:
         """Whether this is the forward we came for: no recomputation in backward, no forward of another callback."""
         return nesting() == self._level and not in_backward()
-
-    def _of(self, tensor: Tensor) -> tuple[Strand, ...]:
-        entry = self._strands.get(id(tensor))
-        return entry[1] if entry is not None and entry[0]() is tensor else ()
-
-    def _put(self, tensor: Tensor, strands: tuple[Strand, ...]) -> None:
-        self._strands[id(tensor)] = (weakref.ref(tensor), strands)
-        self._unread.add(id(tensor))
-
-    def _read(self, *tensors: Tensor) -> None:
-        self._unread.difference_update(map(id, tensors))
-
-    def _end(self, *tensors: Tensor) -> None:
-        """Something that is not the filter's alone reads these tensors: they are what counts."""
-        for tensor in tensors:
-            for strand in self._of(tensor):
-                # A sum without a non-linearity behind it is no unit.
-                if strand.unit is not None and self.units[strand.unit].kind != "sum":
-                    self._hand_over(strand, None, tensor)
-            self._read(tensor)
-
-    def _finish(self) -> None:
-        """The outputs of the last layers, which nothing reads; not the copies that somebody's hook keeps."""
-        waiting = [self._strands[key] for key in self._unread if key in self._strands]
-        ended = set(self._ended)
-        for reference, strands in waiting:
-            tensor = reference()
-            if tensor is not None and not any(strand.unit in ended for strand in strands):
-                self._end(tensor)
-
-    def _hand_over(self, strand: Strand, activation: str | None, tensor: Tensor) -> None:
-        if strand.unit is not None and strand.layout.fits(tensor.shape) and tensor.numel():
-            self._ended.add(strand.unit)
-            with torch.no_grad():
-                self._reader(End(strand.unit, activation, tensor.detach(), strand.layout))
 
     def _guard(self, work: Callable[[], Any]) -> Any:
         """Runs our own code inside the user's forward: an error of ours must not become one of theirs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -66,7 +67,43 @@ class Strand(NamedTuple):
     Attributes:
         unit: Name of the unit, None past the non-linearity (the layout is still wanted, for a later sum).
         layout: Where the channels are.
+        sources: The layers that it came from.
+        call: Number of the layer's call within the forward.
     """
 
     unit: str | None
     layout: Layout
+    sources: frozenset[str] = frozenset()
+    call: int = 0
+
+
+def sum_unit(units: dict[str, Unit], layers: frozenset[str], channels: int, *, new: bool) -> str | None:
+    """Name of the unit for the sum of these layers' outputs, after the block that makes it.
+
+    Args:
+        units: Those known; a new one is added.
+        layers: The layers whose outputs are summed.
+        channels: Channels of the sum.
+        new: Whether a sum that is not known may be added.
+
+    Returns:
+        What the names of the layers begin with, or `sum`, with a number where that is taken; None if it is not known.
+
+    Example:
+        >>> sum_unit({}, frozenset({"layer2.0.conv2", "layer2.0.downsample.0"}), 128, new=True)
+        'layer2.0'
+    """
+    for unit in units.values():
+        if unit.kind == "sum" and unit.layers == layers:
+            return unit.name
+    if not new:
+        return None
+    parts = [name.split(".")[:-1] for name in layers]
+    block = itertools.takewhile(lambda words: len(set(words)) == 1, zip(*parts, strict=False))
+    base = ".".join(words[0] for words in block) or "sum"
+    taken = itertools.count(2)
+    name = base
+    while name in units:
+        name = f"{base}#{next(taken)}"
+    units[name] = Unit(name, "sum", channels, layers=layers)
+    return name

@@ -1,4 +1,4 @@
-"""`SaliencyMaps` in a Trainer: what it logs, on what, when; that it changes nothing, survives, and says what is wrong."""
+"""`SaliencyMaps` in a Trainer: what it logs, on what, when; it changes nothing, survives, says what is wrong."""
 
 import copy
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_interp.callbacks.saliency_maps import SaliencyMaps
-from lightning_interp.errors import ArgumentError, InterpWarning
+from lightning_interp.errors import ArgumentError
 from lightning_interp.functional.faithfulness import concentration, faithfulness
 from lightning_interp.functional.saliency import METHODS, saliency_map
 from lightning_interp.render.sheets import WIDTH
@@ -145,14 +145,27 @@ def test_samples_are_the_same_for_the_whole_run():
     stream = torch.utils.data.DataLoader(Stream(), batch_size=6)
     model = Lit()
     model.net[-1] = nn.Linear(96, 3)
-    with pytest.warns(InterpWarning, match="takes its samples from the first training batch"):
-        gallery, _, _ = fit([maps()], model=model, train=stream, val=stream, max_epochs=2)
+    gallery, _, _ = fit([maps()], model=model, train=stream, val=stream, max_epochs=2)
     strips = [picture for _, picture in gallery.pictures["interp.saliency/gradient_strip"]]
     assert len(strips) == 3
     first = strips[0][15:81, :78]  # four images of 8 x 8, each enlarged four times, under a line of text
     assert len(np.unique(first)) > 50
     assert all(np.array_equal(strip[15:81, :78], first) for strip in strips)
     assert len({strip.tobytes() for strip in strips}) == 3
+
+
+def test_samples_of_a_stream_lie_in_the_checkpoint(tmp_path):
+    """They can't be read again: after a resume with another stream the old ones go on."""
+    stream = torch.utils.data.DataLoader(Stream(), batch_size=6)
+    callback, model = maps(), Lit()
+    model.net[-1] = nn.Linear(96, 3)
+    _, _, trainer = fit([callback], model=model, train=stream, val=stream, max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "middle.ckpt")
+    resumed, other = maps(), torch.utils.data.DataLoader(Stream(18), batch_size=6)
+    fit([resumed], model=model, train=other, val=other, max_epochs=2, ckpt_path=tmp_path / "middle.ckpt")
+    first, second = (each.state_dict()["samples"] for each in (callback, resumed))
+    assert all(torch.equal(a, b) for a, b in zip(first[:2], second[:2], strict=True))
+    assert resumed.state_dict()["delivered"]
 
 
 def test_samples_by_index_path_and_tensor_are_the_same(tmp_path):
@@ -388,7 +401,7 @@ def test_wrong_option_is_refused(options, message):
 
 def test_unknown_layer_is_refused_in_setup():
     """Before anything runs."""
-    with pytest.raises(ArgumentError, match="No layer matches 'net.33'.*Did you mean 'net.3'"):
+    with pytest.raises(ArgumentError, match=r"No layer matches 'net\.33'.*Did you mean 'net\.3'"):
         fit([SaliencyMaps(method="grad_cam", layer="net.33")])
 
 

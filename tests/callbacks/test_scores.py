@@ -130,7 +130,7 @@ def test_forward_that_takes_no_images_is_said_with_a_way_out():
         def forward(self, images, lengths):
             return images
 
-    with pytest.raises(UnreadableError, match="Calling Odd with images .* raised TypeError: .*interp_scores"):
+    with pytest.raises(UnreadableError, match=r"Calling Odd with images .* raised TypeError: .*interp_scores"):
         ScoreModel(Odd())(torch.zeros(1, 1, 2, 2))
 
 

@@ -1,5 +1,7 @@
 """Numbers about maps: concentration, deletion and insertion curves."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -81,7 +83,7 @@ def test_curves_equal_a_naive_loop():
                 with torch.no_grad():
                     curves[name].append(model(image[None]).softmax(1)[0, targets[n]].item())
         for name, curve in curves.items():
-            area = sum((a + b) / 2 for a, b in zip(curve, curve[1:], strict=False)) / steps
+            area = sum((a + b) / 2 for a, b in itertools.pairwise(curve)) / steps
             assert getattr(found, name)[n].item() == pytest.approx(area, rel=1e-5)
 
 

@@ -18,12 +18,12 @@ def relative(found, expected):
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def naive(model, images, targets, window, stride, cover):
+def naive(model, images, targets, *, window, stride, cover):
     """One window of one image at a time; all four maps, and the count of windows at each pixel."""
     count, _, height, width = images.shape
     sums = {key: torch.zeros(count, height, width) for key in ("drop", "probability", "feature_drop")}
     covered, nearest = torch.zeros(height, width), {}
-    tops = [[-(-(h - w) // s) * s for h, w, s in zip((height, width), window, stride, strict=True)]][0]
+    tops = [-(-(h - w) // s) * s for h, w, s in zip((height, width), window, stride, strict=True)]
     for n in range(count):
         before, features, strongest = look(model, images[n : n + 1])
         for top in range(0, tops[0] + 1, stride[0]):
@@ -94,7 +94,7 @@ def test_maps_equal_a_naive_loop(window, stride):
     images, targets = samples(2)
     cover = images.mean((0, 2, 3), keepdim=True).expand_as(images)
     found = occlusion(model, images, targets, window=window, stride=stride)._asdict()
-    expected = naive(model, images, targets, window, stride, cover)
+    expected = naive(model, images, targets, window=window, stride=stride, cover=cover)
     assert torch.equal(found.pop("top_class"), expected.pop("top_class"))
     assert {key: relative(found[key], value) < 1e-4 for key, value in expected.items()} == dict.fromkeys(expected, True)
 

@@ -70,7 +70,7 @@ def test_smooth_grad_of_a_linear_model_is_its_weight_row():
 
 
 def test_integrated_gradients_of_a_square_has_a_closed_form():
-    """f = sum of w x^2 from x' = b: attribution w (x - b)(x + b)."""
+    """The score sum of w x^2, from x' = b, has attributions w (x - b)(x + b)."""
 
     class Square(nn.Module):
         def forward(self, x):
@@ -389,7 +389,7 @@ def test_sanity_check_catches_a_map_that_ignores_the_weights():
     [
         (["gradient"], 1, 1),
         (["gradient_x_input"], 1, 1),
-        (["grad_cam"], 1, 1),
+        (["grad_cam"], 1, 0),  # its backward ends at the feature maps
         (["gradient", "gradient_x_input", "grad_cam"], 1, 1),
         (["guided_backprop"], 1, 1),
         (["deconvnet"], 1, 1),
