@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_interp._options import check_bool, check_numbers, check_positive_int, select, spread
+from lightning_interp.callbacks import _ranks
 from lightning_interp.callbacks._lightning import LightningModule, Trainer
 from lightning_interp.callbacks.base import InterpCallback, OnError
 from lightning_interp.callbacks.batches import UnreadableError
@@ -101,7 +102,6 @@ class ActivationSparsity(InterpCallback):
     def _reset(self) -> None:
         self._fractions: dict[str, list[Tensor]] = {}
         self._images: Tensor | None = None
-        self._shown_first = False
         self._sparsity = float("nan")
         self._observer: Observer | None = None
 
@@ -149,9 +149,8 @@ class ActivationSparsity(InterpCallback):
         if trainer.fit_loop._should_accumulate():
             return  # the batches of one step make one point
         step = self.step_of(trainer)
-        first, self._shown_first = not self._shown_first and step == 0, True
         due = self.step_due(trainer, step)
-        if first or due:
+        if step == 0 or due:
             self._report(trainer, step=step)
         if due:
             self._show_maps(trainer, pl_module, step=step)
@@ -167,6 +166,13 @@ class ActivationSparsity(InterpCallback):
             self._report(trainer, step=step)
             self._show_maps(trainer, pl_module, step=step)
         self.log_cost(trainer, step=step)
+
+    def meets(self, hook: str, trainer: Trainer) -> bool:
+        """Where it reports."""
+        if hook == "on_train_batch_end" and not trainer.fit_loop._should_accumulate():
+            step = self.step_of(trainer)
+            return step == 0 or self.step_due(trainer, step)
+        return hook == "on_train_epoch_end" and self.schedule.epoch_due(trainer.current_epoch)
 
     def release(self) -> None:
         """Takes the reader off."""
@@ -192,15 +198,19 @@ class ActivationSparsity(InterpCallback):
             self._fractions.setdefault(end.unit, []).append(zero_fraction(channels))
 
     def _report(self, trainer: Trainer, *, step: int) -> None:
+        """Reduces over ranks and logs. Every rank gets here at the same steps."""
         fractions, self._fractions = self._fractions, {}
-        if not fractions:
-            return
         # One transfer for all layers. What a checkpoint brought back lies on the CPU.
-        means = {
-            name: torch.stack([batch.to(batches[-1].device) for batch in batches]).mean(dim=0)
-            for name, batches in fractions.items()
-        }
-        flat = torch.cat(list(means.values())).double().cpu()
+        means = {}
+
+        def evidence() -> Tensor:
+            for name, batches in fractions.items():
+                means[name] = torch.stack([batch.to(batches[-1].device) for batch in batches]).mean(dim=0)
+            return torch.cat(list(means.values())).double() if means else torch.empty(0)
+
+        flat = _ranks.total(trainer, self.meet(trainer, evidence)) / trainer.world_size
+        if not means:
+            return
         parts = torch.split(flat, [len(mean) for mean in means.values()])
         by_layer = dict(zip(means, parts, strict=True))
         values = {name: part.mean().item() for name, part in by_layer.items()}
@@ -232,12 +242,11 @@ class ActivationSparsity(InterpCallback):
     def state_dict(self) -> dict[str, Any]:
         """What was sampled since the last report."""
         fractions = {name: [batch.cpu() for batch in batches] for name, batches in self._fractions.items()}
-        return {"version": 1, "fractions": fractions, "shown_first": self._shown_first, "sparsity": self._sparsity}
+        return {"version": 1, "fractions": fractions, "sparsity": self._sparsity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
         self._fractions = {name: list(batches) for name, batches in state_dict["fractions"].items()}
-        self._shown_first = state_dict["shown_first"]
         self._sparsity = state_dict["sparsity"]
 
     # ------------------------------------------------------------------ pictures

@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from lightning_interp._options import check_choice, check_positive_int, check_strings, expected, select, spread
+from lightning_interp.callbacks import _ranks
 from lightning_interp.callbacks._lightning import CallbackBase, LightningModule, Trainer, axis_step
 from lightning_interp.callbacks.schedule import Schedule
 from lightning_interp.callbacks.session import Session
@@ -163,7 +165,8 @@ class InterpCallback(CallbackBase):
         self.resting = False
         self.seconds = 0.0
         self._depth = 0
-        self._met = False  # whether the ranks have agreed within the current hook
+        self._met = False  # whether the ranks have met within the current hook
+        self._agreed_to_rest = False
         self._outbox: list[Record] = []
         self._said: set[str] = set()
 
@@ -179,7 +182,7 @@ class InterpCallback(CallbackBase):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Joins the session of this fit."""
         if stage == "fit":
-            self.resting = False
+            self.resting = self._agreed_to_rest = False
             self._said.clear()
             self._outbox.clear()
             self.seconds = 0.0
@@ -196,8 +199,34 @@ class InterpCallback(CallbackBase):
     def release(self) -> None:
         """Lets go of whatever is still attached. Called when the callback begins to rest; must not raise."""
 
+    # ------------------------------------------------------------------ ranks
+
+    def meets(self, hook: str, trainer: Trainer) -> bool:
+        """Whether the ranks meet in this hook; must depend on what is the same on all of them."""
+        return False
+
+    def meet(self, trainer: Trainer, prepare: Callable[[], Tensor]) -> Tensor:
+        """Prepares what is to be reduced, and goes on only if all ranks could, with the same number of values.
+
+        Raises:
+            Exception: What went wrong here or on another rank: the callback rests on all ranks or on none.
+        """
+        error: Exception | None = None
+        try:
+            values = prepare()
+        except Exception as problem:  # raised again once the ranks know
+            error, values = problem, torch.empty(0)
+        self._met = True
+        if not _ranks.agree(trainer, ready=error is None, size=values.numel()):
+            self._agreed_to_rest = True
+            raise error or RuntimeError("another rank failed, or saw other layers than this one")
+        return values
+
     def while_resting(self, hook: str, trainer: Trainer) -> None:
-        """Called instead of a hook while the callback rests; for those that must take part in collectives."""
+        """Called instead of a hook while the callback rests: tells the ranks that would wait that it has failed."""
+        if trainer.world_size > 1 and not self._agreed_to_rest and self.meets(hook, trainer):
+            _ranks.agree(trainer, ready=False, size=0)
+            self._agreed_to_rest = True
 
     # ------------------------------------------------------------------ errors
 

@@ -42,7 +42,8 @@ class ClassImages(SampledCallback):
     | `interp.class_image_score/<class>` | before the softmax |
 
     The samples, 64 by default, only tell what images look like here (spectrum, colours, range): what the images show
-    comes out of the network. Probabilities are those of a softmax, for multi-label tasks too. The rule `unlearned_class` reads the augmented probability.
+    comes out of the network. Probabilities are those of a softmax, for multi-label tasks too.
+    The rule `unlearned_class` reads the augmented probability.
 
     Cost: each time `steps` forwards and backwards of one image a class, and 17 forwards to judge them. Everything is
     measured on rank zero, in eval mode, in float32.

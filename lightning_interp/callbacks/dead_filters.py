@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from lightning_interp._options import check_choice, check_number, check_positive_int, select
-from lightning_interp.callbacks import _ranks
 from lightning_interp.callbacks._lightning import LightningModule, Trainer
 from lightning_interp.callbacks.base import InterpCallback, OnError
 from lightning_interp.callbacks.fallback import EagerPass
@@ -87,7 +85,6 @@ class DeadFilters(InterpCallback):
     def _reset(self) -> None:
         self._first_done = False
         self._use_validation = False
-        self._agreed_to_rest = False
         self._window = Window()
         self._started_at = 0
         self._partial = False
@@ -235,18 +232,14 @@ class DeadFilters(InterpCallback):
         first = opening and step == 0  # later if the callback joined a run that was resumed: nobody saw the birth
         partial, self._partial = self._partial, False
         observer = Session.of(trainer).observer
-        error: Exception | None = None
-        try:
+
+        def evidence() -> Tensor:
             if self._eager is not None:
                 self._eager.run(self._window, observer.units)
-            names = self._chosen(observer.units)
-            packed = self._window.pack(names, observer.units)
-        except Exception as problem:  # raised again once the ranks know
-            error, packed, names = problem, torch.empty(0), []
-        self._met = True
-        if not _ranks.agree(trainer, ready=error is None, size=packed.numel()):
-            self._agreed_to_rest = True
-            raise error or RuntimeError("another rank failed, or saw other layers than this one")
+            return self._window.pack(self._chosen(observer.units), observer.units)
+
+        packed = self.meet(trainer, evidence)
+        names = self._chosen(observer.units)
         dead, scores = self._window.unpack(packed, names, observer.units, trainer)
         # The first window is also the beginning of the first epoch's: what has fired in it need not fire again.
         goes_on = opening and not self._use_validation and self._eager is None and self.window_steps > 1
@@ -259,25 +252,18 @@ class DeadFilters(InterpCallback):
             self._started_at = step
         self._log(trainer, dead, scores, step=step, first=first, partial=partial)
 
-    def while_resting(self, hook: str, trainer: Trainer) -> None:
-        """Tells the other ranks, where they would wait for this one, that it has failed."""
-        if trainer.world_size == 1 or self._agreed_to_rest:
-            return
+    def meets(self, hook: str, trainer: Trainer) -> bool:
+        """Where windows close."""
         on_training = not (self._first_done and self._use_validation)
-        opens = False
         if hook == "on_train_start":
             self._choose_split(trainer)
-            opens = not self._first_done and Session.begin(trainer, trainer.lightning_module).observer.compiled
-        closes = {
-            "on_train_start": opens,
+            return not self._first_done and Session.begin(trainer, trainer.lightning_module).observer.compiled
+        return {
             "on_train_batch_end": on_training and self._train_window_ends(trainer),
             "on_validation_epoch_end": self._use_validation,
             "on_train_epoch_end": not self._use_validation and self._epoch_window_open(trainer),
             "on_train_end": not self._use_validation and self._epoch_window_open(trainer),
         }.get(hook, False)
-        if closes:
-            _ranks.agree(trainer, ready=False, size=0)
-            self._agreed_to_rest = True
 
     # ------------------------------------------------------------------ output
 

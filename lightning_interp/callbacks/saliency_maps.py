@@ -43,6 +43,8 @@ class SaliencyMaps(SampledCallback):
     one forward more tells the scores. The curves below cost 2 * `curve_steps` forwards an image for each method, and
     three times that in all for chance. Guided backpropagation and the deconvnet make clear pictures, but these depend
     little on the class and on the upper layers (Adebayo et al. 2018): trust `gradient` and `integrated_gradients` more.
+    Grad-CAM takes the mean gradient over positions, which fits networks that average their last maps; where these are
+    flattened into a linear layer it may well be zero everywhere, and its picture says so.
 
     Logged before the first step, when due, and at the end of the training:
 
@@ -129,7 +131,8 @@ class SaliencyMaps(SampledCallback):
         )
         self.method = _methods(method)
         check_choice("target", target, TARGETS)
-        check_strings("layer", None if layer is None else [layer])
+        if layer is not None and (not isinstance(layer, str) or not layer):
+            raise expected("layer", "the name of a layer or None", layer)
         check_baseline(baseline)
         check_positive_int("steps", steps)
         check_positive_int("batch_size", batch_size)
@@ -164,7 +167,8 @@ class SaliencyMaps(SampledCallback):
         for method, maps in found.maps.items():
             values = maps.float().cpu().numpy()
             over = overlay(images, values)
-            picture = sheet([images, heat(values), over], ["image", _HEADINGS.get(method, method), "overlay"], texts)
+            heading = _HEADINGS.get(method, method) + ("" if values.any() else " (zero)")
+            picture = sheet([images, heat(values), over], ["image", heading, "overlay"], texts)
             self.show(trainer, "saliency", method, picture, step=step)
             strip = self.strip(method)
             strip.push(step, frame(over))

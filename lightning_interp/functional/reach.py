@@ -43,14 +43,14 @@ class _Stop(BaseException):
 
 
 class _StoppingBook(StrandBook):
-    """Leaves the forward with the first activation of one unit."""
+    """Leaves the forward with the first activation of one unit, which still has its graph."""
 
     def __init__(self, units: Units, wanted: str) -> None:
         super().__init__(units, _ignore)
         self._wanted = wanted
 
     def hand_over(self, strand: Strand, activation: str | None, tensor: Tensor) -> None:
-        """Stops where the unit is; the others do not matter."""
+        """Stops, if it is the one."""
         if strand.unit == self._wanted and strand.layout.fits(tensor.shape) and tensor.numel():
             raise _Stop(Reached(tensor, strand.layout))
 
@@ -58,9 +58,9 @@ class _StoppingBook(StrandBook):
 class _StoppingTracer(ActivationTracer):
     """Follows all layers: what a shortcut adds must be known as a map, or the sum is not seen."""
 
-    def __init__(self, model: nn.Module, unit: Unit, units: Units) -> None:
+    def __init__(self, model: nn.Module, unit: str, units: Units) -> None:
         super().__init__(model, _ignore, units=units)
-        self._book = _StoppingBook(units, unit.name)
+        self._book = _StoppingBook(self.units, unit)
 
 
 def find_units(model: nn.Module, images: Tensor, *, call: Callable[[Tensor], Any] | None = None) -> Units:
@@ -108,7 +108,7 @@ def reach(
     unit, call = units.get(layer), model if call is None else call
     try:
         if unit is not None and unit.counts:
-            with _StoppingTracer(model, unit, dict(units)) as tracer:
+            with _StoppingTracer(model, layer, dict(units)) as tracer:
                 output = call(images)
             del output
             if tracer.error is not None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image
 
 from lightning_interp.render.color import Pixels
 from lightning_interp.render.sheets import MID_GREY, WIDTH, fitted, near_square
@@ -41,7 +42,7 @@ def gallery(pictures: Sequence[Pixels], lines: Sequence[Sequence[str]]) -> Pixel
     canvas = _blank(rows * (side + below + GAP) - GAP, WIDTH)
     for index, (picture, texts) in enumerate(zip(pictures, lines, strict=True)):
         top, left = index // columns * (side + below + GAP), index % columns * (side + GAP)
-        canvas[top : top + side, left : left + side] = fitted(picture, side, side)
+        canvas[top : top + side, left : left + side] = filled(picture, side, side)
         if texts:
             canvas[top + side : top + side + below, left : left + side] = text_lines(texts, side)
     return near_square(canvas)
@@ -51,7 +52,7 @@ def column(pictures: Sequence[Pixels], side: int) -> Pixels:
     """Pictures below one another in square cells: a frame for `timeline`."""
     canvas = _blank(len(pictures) * (side + GAP) - GAP, side)
     for index, picture in enumerate(pictures):
-        canvas[index * (side + GAP) : index * (side + GAP) + side] = fitted(picture, side, side)
+        canvas[index * (side + GAP) : index * (side + GAP) + side] = filled(picture, side, side)
     return canvas
 
 
@@ -93,6 +94,24 @@ def frame_side(names: Sequence[str], columns: int) -> int:
         29
     """
     return (WIDTH - name_room(names) + GAP) // columns - GAP
+
+
+def filled(picture: Pixels, height: int, width: int) -> Pixels:
+    """Like `fitted`, but enlarged as far as it goes: pixels may differ in size by one.
+
+    Args:
+        picture: (H, W, 3).
+        height: Of the cell.
+        width: Of the cell.
+
+    Returns:
+        (height, width, 3).
+    """
+    factor = min(height / picture.shape[0], width / picture.shape[1])
+    if factor <= 1:
+        return fitted(picture, height, width)
+    size = (max(1, int(picture.shape[1] * factor + 1e-6)), max(1, int(picture.shape[0] * factor + 1e-6)))
+    return fitted(np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.NEAREST)), height, width)
 
 
 def _blank(height: int, width: int) -> Pixels:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lightning_interp.render.color import BACKGROUND, Pixels, signed_rgb, symmetric_scale
+from lightning_interp.render.gallery import filled
 from lightning_interp.render.grid import square_columns
-from lightning_interp.render.sheets import MID_GREY, WIDTH, fitted, near_square
+from lightning_interp.render.sheets import MID_GREY, WIDTH, near_square
 from lightning_interp.render.text import LINE, text_lines
 
 Box = tuple[tuple[int, int], tuple[int, int]]
@@ -108,9 +109,9 @@ def _block(shown: Excitement, side: int, grid: tuple[int, int], parts: int) -> P
     for start, pictures in ((0, shown.patches), (part + _PART_GAP, shown.projections)):
         for index, picture in enumerate(pictures[: across * down]):
             top, left = index // across * side, start + index % across * side
-            canvas[top : top + side - 1, left : left + side - 1] = fitted(picture, side - 1, side - 1)
+            canvas[top : top + side - 1, left : left + side - 1] = filled(picture, side - 1, side - 1)
     if shown.maximised is not None:
-        canvas[: down * side, -part:] = fitted(shown.maximised, down * side, part)
+        canvas[: down * side, -part:] = filled(shown.maximised, down * side, part)
     canvas[down * side :] = text_lines([shown.caption], canvas.shape[1])
     return canvas
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_interp.callbacks.alerts import Alerts
-from lightning_interp.callbacks.class_images import ClassImages
+from lightning_interp.callbacks.class_images import _ALL, ClassImages
 from lightning_interp.callbacks.scores import ScoreModel
 from lightning_interp.callbacks.session import Session
 from lightning_interp.errors import ArgumentError
@@ -34,7 +34,9 @@ def fit(callbacks, folder, model=None, *, ckpt_path=None, **options):
     model = model or Net()
     board = pl.loggers.TensorBoardLogger(folder)
     trainer = quiet_trainer(callbacks=callbacks, logger=board, **options)
-    said = fit_quietly(trainer, model, loader(noise=0.0), loader(12, seed=1, shuffle=False, noise=0.0), ckpt_path=ckpt_path)
+    said = fit_quietly(
+        trainer, model, loader(noise=0.0), loader(12, seed=1, shuffle=False, noise=0.0), ckpt_path=ckpt_path
+    )
     board.finalize("success")
     return trainer, model, said
 
@@ -98,9 +100,9 @@ def test_resume_goes_on_with_the_strip(tmp_path):
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     second = make()
     fit([second], tmp_path / "second", Net(), ckpt_path=tmp_path / "one.ckpt")
-    assert second.strip("classes").steps == whole.strip("classes").steps == STEPS
+    assert second.strip(_ALL).steps == whole.strip(_ALL).steps == STEPS
     assert pickle.loads(pickle.dumps(second.state_dict()))["strips"].keys() == {"classes"}
-    old, new = first.strip("classes").frames()[1][1], second.strip("classes").frames()[1][1]
+    old, new = first.strip(_ALL).frames()[1][1], second.strip(_ALL).frames()[1][1]
     assert np.array_equal(old, new)
 
 
@@ -108,12 +110,12 @@ def test_without_logger_nothing_is_measured(tmp_path):
     """There is nobody to see it."""
     trainer = quiet_trainer(callbacks=[callback := make()])
     assert fit_quietly(trainer, Net(), loader()) == []
-    assert callback.strip("classes").steps == []
+    assert callback.strip(_ALL).steps == []
 
 
 def test_bf16_weights_and_binary_scores_are_fine(tmp_path):
     """In half precision on copies in float32; one score is two classes."""
-    trainer, _, said = fit([make()], tmp_path / "half", trainer_precision(), precision="bf16-true")
+    _, _, said = fit([make()], tmp_path / "half", trainer_precision(), precision="bf16-true")
     assert said == []
 
     class Binary(Net):

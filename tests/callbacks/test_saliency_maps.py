@@ -295,6 +295,21 @@ def test_network_without_convolutions_goes_on_without_grad_cam():
     }
 
 
+def test_empty_map_has_a_picture_that_says_so_and_no_number():
+    """A head that weighs each filter's positions by +1 and -1: their mean, and Grad-CAM with it, is zero."""
+    model = Lit()
+    with torch.no_grad():
+        model.net[-1].weight[:] = torch.tensor([1.0, -1.0]).repeat(60)
+    chosen = maps(["grad_cam", "gradient"], every_n_epochs=100)
+    gallery, _, _ = fit([chosen], model=model, max_epochs=1)
+    first = {tag: rows[0] for tag, rows in gallery.of_interp().items()}
+    assert first["interp.saliency_concentration/gradient"][0] == 0
+    assert first["interp.saliency_concentration/grad_cam"][0] > 0  # the one of step 0 is left out
+    assert first["interp.saliency_above_chance/grad_cam"][0] > 0
+    headings = [gallery.pictures[f"interp.saliency/{method}"][0][1][:13] for method in chosen.method]
+    assert [(heading[:, 107:213] > 200).any(axis=(0, 2))[70:].any() for heading in headings] == [True, False]
+
+
 class Reconstructs(Lit):
     """Returns images."""
 
@@ -377,7 +392,7 @@ def test_options_come_from_yaml():
         ({"method": []}, "argument `method` to be the name of a method or a list"),
         ({"method": ["gradient", 3]}, "argument `method` to be a list of strings"),
         ({"target": "labels"}, "Did you mean 'label'"),
-        ({"layer": 3}, "argument `layer` to be a list of strings"),
+        ({"layer": 3}, "argument `layer` to be the name of a layer or None"),
         ({"baseline": "black"}, 'argument `baseline` to be "mean" or a number'),
         ({"steps": 0}, "argument `steps` to be a positive integer"),
         ({"curve_steps": -1}, "argument `curve_steps` to be an integer of at least 0"),

@@ -110,7 +110,7 @@ def test_ranking_equals_the_pure_function_and_feeding_an_image_again_gives_its_v
 def test_stream_shows_the_images_that_were_delivered(tmp_path):
     """No index, no second reading; what is kept is bounded."""
     callback = Exact(k=2, filters_per_layer=3, on_error="raise")
-    _, model, said = fit([callback], tmp_path, validation=DataLoader(Stream(40), batch_size=4), max_epochs=1)
+    _, _, said = fit([callback], tmp_path, validation=DataLoader(Stream(40), batch_size=4), max_epochs=1)
     assert said == []
     assert 0 < len(callback.fetched) <= 2 * 3 * 3
     for index, image in callback.fetched.items():
@@ -119,7 +119,7 @@ def test_stream_shows_the_images_that_were_delivered(tmp_path):
 
 
 def test_memory_of_kept_images_is_bounded_while_the_set_is_read():
-    """k images a filter, however many there are."""
+    """At most k images a filter, however many there are."""
     from lightning_interp.functional.layout import Layout
     from lightning_interp.functional.tracing import End
 
@@ -227,7 +227,7 @@ def test_layers_and_limits(tmp_path):
     assert [len(row) for row in callback.top["net.3"]] == [1, 1]
     _, _, said = fit([TopPatches(layers=["net.5"])], tmp_path / "b", max_epochs=1)
     assert ["nothing to show" in message for message in said] == [True]
-    with pytest.raises(ArgumentError, match="net.33"):
+    with pytest.raises(ArgumentError, match=r"net\.33"):
         fit([TopPatches(layers=["net.33"])], tmp_path / "c")
 
 

@@ -33,7 +33,7 @@ FAILURES = [
         "on_train_end",
     )
     for rank in (0, 1)
-]
+] + [f"sparsity_fails_{hook}_{rank}" for hook in ("on_train_batch_start", "on_train_epoch_end") for rank in (0, 1)]
 FAMILIES = [
     f"{family}_{hook}"
     for family in ("alerts", "interp")
@@ -88,7 +88,7 @@ def _start(folder, names, *, by_lightning):
 def measured(tmp_path_factory):
     """All scenarios in which nothing fails."""
     folder = tmp_path_factory.mktemp("ddp")
-    return folder, run_together(folder, [*UNIONS, "pictures", "harmless_often", "harmless_Interp", "stops"])
+    return folder, run_together(folder, [*UNIONS, "sparsity", "pictures", "harmless_often", "harmless_Interp", "stops"])
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,15 @@ def test_dead_filters_equal_the_brute_force_union_over_ranks(name, measured):
         assert result["said"] == []
         assert result["alone"] == UNIONS[name]
         assert result["dead"] == result["union"] == [2]
+
+
+def test_sparsity_is_the_mean_over_ranks_and_the_same_on_all(measured):
+    """Otherwise a monitor would decide differently on each."""
+    for result in measured[1]["sparsity"]:
+        assert "error" not in result, result["error"]
+        first, second = result["zeros"]
+        assert first != second
+        assert result["metric"] == pytest.approx((first + second) / 2, abs=1e-6)
 
 
 def test_pictures_and_alerts_are_written_once(measured):

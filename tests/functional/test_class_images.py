@@ -138,7 +138,9 @@ def test_rotation_does_not_shear_an_image_that_is_not_square():
         mass = jittered(image, generator)[0, 0]
         mass = mass / mass.sum()
         y, x = rows - (mass * rows).sum(), columns - (mass * columns).sum()
-        covariance = torch.tensor([[(mass * y * y).sum(), (mass * x * y).sum()], [(mass * x * y).sum(), (mass * x * x).sum()]])
+        covariance = torch.tensor(
+            [[(mass * y * y).sum(), (mass * x * y).sum()], [(mass * x * y).sum(), (mass * x * x).sum()]]
+        )
         thin, long = torch.linalg.eigvalsh(covariance).sqrt().tolist()
         assert 0.85 < long / (30 / math.sqrt(12)) < 1.15
         assert thin < 1.0
@@ -150,7 +152,11 @@ def test_prior_knows_spectrum_colours_range_and_mean():
     smooth = F.avg_pool2d(F.pad(waves, (2, 2, 2, 2), mode="circular"), 5, 1)
     batch = torch.stack((smooth[:, 0], 0.5 * smooth[:, 0] + 0.1 * smooth[:, 1]), dim=1) + 3
     prior = FourierPrior(batch, gain=1.0)
-    assert torch.allclose(prior.images(torch.zeros(1, 2, 16, 9, 2)), batch.mean(dim=(0, 2, 3))[:, None, None].expand(1, 2, 16, 16), atol=1e-4)
+    assert torch.allclose(
+        prior.images(torch.zeros(1, 2, 16, 9, 2)),
+        batch.mean(dim=(0, 2, 3))[:, None, None].expand(1, 2, 16, 16),
+        atol=1e-4,
+    )
     noise = 0.05 * torch.randn(200, 2, 16, 9, 2, generator=torch.Generator().manual_seed(1))
     made = prior.images(noise)
     ours, theirs = (torch.fft.rfft2(b - b.mean(dim=0)).abs().mean(dim=0)[0, 1:, 1:8].flatten() for b in (made, batch))
@@ -171,7 +177,9 @@ def test_constant_channels_and_one_image_are_no_problem():
 def test_ascend_takes_any_objective():
     """Here: the mean, which ends at the top of the range."""
     with torch.enable_grad():
-        images = ascend(lambda made: made.mean(dim=(1, 2, 3)), 2, data=data(), steps=200, method="fourier", seed=0, penalty=0.0)
+        images = ascend(
+            lambda made: made.mean(dim=(1, 2, 3)), 2, data=data(), steps=200, method="fourier", seed=0, penalty=0.0
+        )
     assert float(images.mean()) > float(data().mean() + 0.5 * data().std())
 
 
@@ -241,7 +249,7 @@ def trained(make, seed, images, labels, epochs=10):
 
 @pytest.mark.slow
 def test_class_images_of_digits_convince_networks_that_have_not_made_them():
-    """p >= 0.99; moved >= 0.95; six judges of other architecture and seed: mean >= 0.7, above plain Simonyan's."""
+    """Probability >= 0.99; moved >= 0.95; six judges of other architecture and seed: mean >= 0.7, above plain Simonyan's."""
     images, labels = digits()
     net = trained(subject, 0, images, labels)
     judges = [trained(lambda seed=seed: judge(seed), 100 + seed, images, labels) for seed in range(6)]

@@ -12,12 +12,17 @@ from lightning_interp.functional.receptive_field import receptive_field
 
 
 def net():
-    """Two convolutions, the second with a residual sum behind it."""
+    """Two convolutions and a head."""
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Conv2d(6, 4, 3, stride=2), nn.GELU(),
-        nn.Flatten(), nn.Linear(48, 3),
-    )  # fmt: skip
+        nn.Conv2d(2, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(6, 4, 3, stride=2),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.Linear(48, 3),
+    )
 
 
 def sorted_by_hand(activations, k):
@@ -75,7 +80,9 @@ def test_merged_ranks_equal_one_rank(k, ranks, seed):
 def test_nan_never_ranks_and_bfloat16_does():
     """A NaN would otherwise be the largest of all."""
     ranker = PatchRanker(2)
-    ranker.update(torch.tensor([[[float("nan"), 1.0]], [[0.5, 2.0]], [[1.0, 0.0]]], dtype=torch.bfloat16), torch.arange(3))
+    ranker.update(
+        torch.tensor([[[float("nan"), 1.0]], [[0.5, 2.0]], [[1.0, 0.0]]], dtype=torch.bfloat16), torch.arange(3)
+    )
     assert ranker.ranking.indices.tolist() == [[1, 2]]
     assert ranker.ranking.values.tolist() == [[2.0, 1.0]]
 

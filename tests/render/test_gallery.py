@@ -34,7 +34,9 @@ def test_gallery_has_pictures_in_reading_order_with_their_lines():
     for index, color in enumerate(colors):
         top, left = index // 2 * (side + LINE + 2), index % 2 * (side + 2)
         assert tuple(picture[top + side // 2, left + side // 2]) == color
-        assert np.array_equal(picture[top + side : top + side + LINE, left : left + side], text_lines([str(index)], side))
+        assert np.array_equal(
+            picture[top + side : top + side + LINE, left : left + side], text_lines([str(index)], side)
+        )
 
 
 def test_gallery_enlarges_small_pictures_by_whole_numbers_without_smoothing():

@@ -22,7 +22,7 @@ def numbered(height, width):
     rows=st.integers(1, 12), columns=st.integers(1, 12),
 )  # fmt: skip
 @settings(max_examples=100, deadline=None)
-def test_cut_equals_pixel_by_pixel(height, width, top, left, rows, columns):
+def test_cut_equals_pixel_by_pixel(height, width, top, left, rows, columns):  # noqa: PLR0917 - drawn
     """Inside: the image; outside: dark; an axis that is covered entirely is shown whole."""
     picture = numbered(height, width)
     piece = cut(picture, ((top, top + rows), (left, left + columns)))

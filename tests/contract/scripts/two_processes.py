@@ -22,7 +22,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_interp import Alerts, DeadFilters, Interp, InterpWarning, NonFiniteRule
+from lightning_interp import ActivationSparsity, Alerts, DeadFilters, Interp, InterpWarning, NonFiniteRule
 from tests.contract.battery import differences
 from tests.contract.factories import often
 from tests.contract.hooks import hooks_on, modes_on_stack
@@ -128,6 +128,27 @@ def union(split, val_batches=(2, 2)):
     return {"dead": callback.dead["net.0"], "union": (~seen).nonzero().flatten().tolist(), "alone": alone}
 
 
+class Uneven(Marked):
+    """The samples of rank 1 have four pixels set where those of rank 0 have one; counts the zeros of the last batch."""
+
+    def _count(self, module, args, output):
+        self.zeros = (output.detach() == 0).float().mean(dim=(0, 2, 3)).mean().item()
+
+    def _loader(self, batches):
+        images = torch.zeros(4 * batches, 3, 4, 4)
+        images[-1, 0, 2, : 1 + 3 * self.trainer.global_rank] = 1.0
+        return DataLoader([(image, torch.tensor(0)) for image in images], batch_size=4)
+
+
+def sparsity():
+    """The metric on this rank, and the share of zeros that each rank saw in its last batch."""
+    callback = ActivationSparsity(every_n_train_steps=1, maps=False, on_error="raise")
+    model = Uneven()
+    run = trainer([callback], limit_val_batches=0)
+    run.fit(model)
+    return {"metric": run.callback_metrics["interp/sparsity_mean"].item(), "zeros": everyone(model.zeros)}
+
+
 def pictures(folder):
     """One event file and one alert file for both processes."""
     board = pl.loggers.TensorBoardLogger(folder / "board", version=0)
@@ -190,6 +211,7 @@ def scenarios(folder):
         "val_union": lambda: union("val"),
         "fewer_batches_on_rank_1": lambda: union("val", (3, 1)),
         "fewer_batches_on_rank_0": lambda: union("val", (1, 3)),
+        "sparsity": sparsity,
         "pictures": lambda: pictures(folder),
         "harmless_often": lambda: harmless(often),
         "harmless_Interp": lambda: harmless(lambda: [Interp(on_error="raise")]),
@@ -206,6 +228,10 @@ def scenarios(folder):
     for hook in hooks:
         for bad_rank in (0, 1):
             found[f"fails_{hook}_{bad_rank}"] = lambda hook=hook, rank=bad_rank: failing(DeadFilters, hook, rank)
+    for hook in ("on_train_batch_start", "on_train_epoch_end"):
+        for bad_rank in (0, 1):
+            name = f"sparsity_fails_{hook}_{bad_rank}"
+            found[name] = lambda hook=hook, rank=bad_rank: failing(ActivationSparsity, hook, rank)
     for hook in ("on_train_start", "on_train_batch_end", "on_validation_end", "on_train_epoch_end"):
         found[f"alerts_{hook}"] = lambda hook=hook: failing(Alerts, hook, 0)
         found[f"interp_{hook}"] = lambda hook=hook: failing(Interp, hook, 1, "after")
