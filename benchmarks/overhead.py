@@ -1,6 +1,6 @@
 """What watching costs: the same training steps with and without it, interleaved in one run.
 
-    python benchmarks/overhead.py [--steps 60] [--fits 3]
+    python benchmarks/overhead.py [--steps 60] [--fits 3] [--models resnet18]
 
 Two tables. *Steps*: the median time of a training step with the watch of `DeadFilters` in a given state over the median
 without it; the two kinds of step alternate, so that drift of the machine hits both. *Fits*: the time of a whole `fit`
@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_interp import Interp
 from lightning_interp.callbacks.observer import Observer
 from lightning_interp.callbacks.window import Window
+from lightning_interp.functional.units import Unit
 
 
 def small_cnn() -> nn.Module:
@@ -66,44 +67,53 @@ def kill(model: nn.Module, fraction: float) -> None:
                 owner.bias[:dead] = -1
 
 
+STATES = {"first batch of a window": 0.0, "steady, none dead": 0.0, "steady, 30 % dead": 0.3}
+
+
+class Stepper:
+    """Training steps of one model, each with or without the watch of `DeadFilters`."""
+
+    def __init__(self, model: nn.Module, images: Tensor, *, new_window: bool) -> None:
+        self.model, self.images, self.new_window = model, images, new_window
+        self.labels = torch.randint(0, 10, (len(images),))
+        self.observer, self.window = Observer(model), Window()
+
+    def run(self, *, watched: bool) -> float:
+        """Seconds of one step. The rate is zero, so that the same filters stay dead for the whole benchmark."""
+        if self.new_window:
+            self.window = Window()
+        parameters = list(self.model.parameters())
+        start = time.perf_counter()
+        if watched:
+            self.window.open(self.observer, counting)
+        loss = F.cross_entropy(self.model(self.images), self.labels)
+        if watched:
+            self.window.stop_reading()
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.data.add_(gradient, alpha=0.0)
+        return time.perf_counter() - start
+
+
+def counting(units: dict[str, Unit]) -> list[str]:
+    """The layers that have filters."""
+    return [name for name, unit in units.items() if unit.counts]
+
+
 def step_times(make: Callable[[], nn.Module], shape: tuple[int, int, int], batch: int, steps: int) -> dict[str, float]:
     """Median time ratios of watched to plain steps, by state of the watch."""
     ratios = {}
-    for state, dead in (("first batch of a window", 0.0), ("steady, none dead", 0.0), ("steady, 30 % dead", 0.3)):
+    for state, dead in STATES.items():
         torch.manual_seed(0)
         model = make()
         kill(model, dead)
-        images, labels = torch.randn(batch, *shape), torch.randint(0, 10, (batch,))
-        observer, window = Observer(model), Window()
-
-        def choose(units: dict[str, object]) -> list[str]:
-            return [name for name, unit in units.items() if unit.counts]  # type: ignore[attr-defined]
-
-        def run(watched: bool) -> float:
-            nonlocal window
-            if state == "first batch of a window":
-                window = Window()
-            start = time.perf_counter()
-            if watched:
-                window.open(observer, choose)
-            loss = F.cross_entropy(model(images), labels)
-            if watched:
-                window.stop_reading()
-            # A rate of zero: the same filters stay dead for the whole benchmark.
-            for gradient, parameter in zip(torch.autograd.grad(loss, list(model.parameters())), model.parameters(), strict=True):
-                parameter.data.add_(gradient, alpha=0.0)
-            return time.perf_counter() - start
-
+        stepper = Stepper(model, torch.randn(batch, *shape), new_window=state.startswith("first"))
         for _ in range(3):
-            run(watched=True)
-        times = {True: [], False: []}
-        for index in range(2 * steps):
-            watched = bool(index % 2)
-            times[watched].append(run(watched))
-        measured = window.pack([name for name, unit in observer.units.items() if unit.counts], observer.units)
-        if not len(measured):
+            stepper.run(watched=True)
+        pairs = [(stepper.run(watched=False), stepper.run(watched=True)) for _ in range(steps)]
+        if not len(stepper.window.pack(counting(stepper.observer.units), stepper.observer.units)):
             raise RuntimeError("the watch has measured nothing")
-        ratios[state] = statistics.median(times[True]) / statistics.median(times[False])
+        plain, watched = (statistics.median(times) for times in zip(*pairs, strict=True))
+        ratios[state] = watched / plain
     return ratios
 
 
@@ -129,7 +139,9 @@ class Classifier(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
 
-def fit(make: Callable[[], nn.Module], data: TensorDataset, epochs: int, batch: int, *, watched: bool) -> tuple[float, float]:
+def fit(
+    make: Callable[[], nn.Module], data: TensorDataset, epochs: int, batch: int, *, watched: bool
+) -> tuple[float, float]:
     """Seconds of one fit, and those that the callbacks report."""
     torch.manual_seed(0)
     interp = Interp()
@@ -158,12 +170,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="watched steps per state")
     parser.add_argument("--fits", type=int, default=3, help="pairs of fits; 0 leaves the second table out")
     parser.add_argument("--epochs", type=int, default=10, help="epochs of a fit, of 100 steps each")
+    parser.add_argument("--models", default="", help="only models whose name contains this")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    steps, fits = Table("model", "state", "ratio"), Table("model", "ratio (median of pairs)", "share that callbacks report")
+    steps, fits = (
+        Table("model", "state", "ratio"),
+        Table("model", "ratio (median of pairs)", "share that callbacks report"),
+    )
     for name, (make, shape, batch) in MODELS.items():
+        if options.models not in name:
+            continue
         for state, ratio in step_times(make, shape, batch, options.steps).items():
             steps.add_row(name, state, f"{ratio:.3f}")
         if options.fits:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lightning_interp.callbacks.dead_filters import DeadFilters
     from lightning_interp.callbacks.filter_grid import FilterGrid
     from lightning_interp.callbacks.interp import Interp, standard_callbacks
+    from lightning_interp.callbacks.occlusion_maps import OcclusionMaps
+    from lightning_interp.callbacks.saliency_maps import SaliencyMaps
     from lightning_interp.callbacks.training_dynamics import TrainingDynamics
     from lightning_interp.errors import AlertRaised, ArgumentError, InterpWarning
     from lightning_interp.rules.alert import Alert
@@ -48,7 +50,9 @@ _HOMES = {
     "LearningRateTooLowRule": "rules.learning_rate_too_low",
     "NoisyFiltersRule": "rules.noisy_filters",
     "NonFiniteRule": "rules.non_finite",
+    "OcclusionMaps": "callbacks.occlusion_maps",
     "Rule": "rules.rule",
+    "SaliencyMaps": "callbacks.saliency_maps",
     "TrainingDynamics": "callbacks.training_dynamics",
     "UndertrainedRule": "rules.undertrained",
     "UntrainedLayerRule": "rules.untrained_layer",
@@ -73,7 +77,9 @@ __all__ = [
     "LearningRateTooLowRule",
     "NoisyFiltersRule",
     "NonFiniteRule",
+    "OcclusionMaps",
     "Rule",
+    "SaliencyMaps",
     "TrainingDynamics",
     "UndertrainedRule",
     "UntrainedLayerRule",

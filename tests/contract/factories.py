@@ -8,6 +8,8 @@ from lightning_interp import (
     DeadFilters,
     FilterGrid,
     Interp,
+    OcclusionMaps,
+    SaliencyMaps,
     TrainingDynamics,
     standard_callbacks,
 )
@@ -20,8 +22,22 @@ def often():
         ActivationSparsity(every_n_train_steps=1, num_samples=2, on_error="raise"),
         FilterGrid(every_n_train_steps=1, on_error="raise"),
         TrainingDynamics(dense_steps=1000, on_error="raise"),
+        saliency(),
+        OcclusionMaps(window=4, every_n_train_steps=2, on_error="raise"),
         Alerts(on_error="raise"),
     ]
+
+
+def saliency():
+    """All methods, as cheaply as can be."""
+    return SaliencyMaps(
+        method=["gradient", "guided_backprop", "smooth_grad", "integrated_gradients", "grad_cam"],
+        steps=3,
+        curve_steps=2,
+        num_samples=2,
+        every_n_train_steps=1,
+        on_error="raise",
+    )
 
 
 SINGLE = {
@@ -30,6 +46,8 @@ SINGLE = {
     "ActivationSparsity": lambda: [ActivationSparsity(every_n_train_steps=1, on_error="raise")],
     "FilterGrid": lambda: [FilterGrid(every_n_train_steps=1, on_error="raise")],
     "TrainingDynamics": lambda: [TrainingDynamics(dense_steps=1000, on_error="raise")],
+    "SaliencyMaps": lambda: [saliency()],
+    "OcclusionMaps": lambda: [OcclusionMaps(window=4, every_n_train_steps=2, on_error="raise")],
     "Alerts": lambda: [Alerts(on_error="raise")],
 }
 WHOLE = {
@@ -38,4 +56,4 @@ WHOLE = {
     "standard": lambda: standard_callbacks(on_error="raise"),
 }
 ALL = {**SINGLE, **WHOLE}
-CLASSES = (DeadFilters, ActivationSparsity, FilterGrid, TrainingDynamics, Alerts, Interp)
+CLASSES = (DeadFilters, ActivationSparsity, FilterGrid, TrainingDynamics, SaliencyMaps, OcclusionMaps, Alerts, Interp)

@@ -51,7 +51,7 @@ def resnet18():
     silence(model.layer3[0].downsample[1], 9)  # both summands below zero: the ReLU behind the sum is dead
     expected, recorder = {}, Recorder()
     for name, module in model.named_modules():
-        if isinstance(module, nn.BatchNorm2d | nn.ReLU) or isinstance(module, torchvision.models.resnet.BasicBlock):
+        if isinstance(module, nn.BatchNorm2d | nn.ReLU | torchvision.models.resnet.BasicBlock):
             recorder.watch(name, module)
 
     def reference():
@@ -96,42 +96,39 @@ def vgg11_bn():
     return model, reference
 
 
+def activations_of_blocks(model):
+    """Layer to (module whose output is its activation, whether that has an exact zero)."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Conv2dNormActivation):
+            activation = module[2] if len(module) > 2 else None
+            found[f"{name}.0"] = (module, isinstance(activation, nn.ReLU | nn.Hardswish))
+        elif isinstance(module, SqueezeExcitation):
+            found[f"{name}.fc1"] = (module.activation, isinstance(module.activation, nn.ReLU))
+            found[f"{name}.fc2"] = (module.scale_activation, isinstance(module.scale_activation, nn.Hardsigmoid))
+    if isinstance(model.classifier[1], nn.Hardswish):
+        found["classifier.0"] = (model.classifier[1], True)
+    return found
+
+
 def built_of_conv_norm_activation(make):
     """mobilenet_v3_small and efficientnet_b0: every convolution stands in a Conv2dNormActivation or an SE block."""
 
     def build():
         model = make(weights=None, num_classes=10)
-        blocks = [(n, m) for n, m in model.named_modules() if isinstance(m, Conv2dNormActivation)]
-        for _, block in blocks[::5]:
+        blocks = [module for module in model.modules() if isinstance(module, Conv2dNormActivation)]
+        for block in blocks[::5]:
             block[1].weight.data[0] = 0
             block[1].bias.data[0] = -30  # SiLU(-30) is a constant, hardswish(-30) and ReLU(-30) are zero
-        recorder = Recorder()
-        for name, module in model.named_modules():
-            if isinstance(module, Conv2dNormActivation):
-                recorder.watch(name, module)
-            elif isinstance(module, SqueezeExcitation):
-                recorder.watch(f"{name}.fc1", module.activation)
-                recorder.watch(f"{name}.fc2", module.scale_activation)
-        if isinstance(model.classifier[1], nn.Hardswish):
-            recorder.watch("classifier.0", model.classifier[1])
+        recorder, activations = Recorder(), activations_of_blocks(model)
+        for name, (module, _) in activations.items():
+            recorder.watch(name, module)
 
         def reference():
-            expected = {}
-            for name, module in model.named_modules():
-                out = recorder.outputs
-                if isinstance(module, Conv2dNormActivation):
-                    activation = module[2] if len(module) > 2 else None
-                    exact = isinstance(activation, nn.ReLU | nn.Hardswish)
-                    expected[f"{name}.0"] = (zero_everywhere if exact else constant_within)(out[name])
-                elif isinstance(module, SqueezeExcitation):
-                    for part, act in (("fc1", module.activation), ("fc2", module.scale_activation)):
-                        exact = isinstance(act, nn.ReLU | nn.Hardsigmoid)
-                        expected[f"{name}.{part}"] = (zero_everywhere if exact else constant_within)(
-                            out[f"{name}.{part}"]
-                        )
-            if "classifier.0" in recorder.outputs:
-                expected["classifier.0"] = zero_everywhere(recorder.outputs["classifier.0"])
-            return expected
+            return {
+                name: (zero_everywhere if exact else constant_within)(recorder.outputs[name])
+                for name, (_, exact) in activations.items()
+            }
 
         return model, reference
 
