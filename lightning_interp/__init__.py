@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from lightning_interp._version import __version__
     from lightning_interp.callbacks.activation_sparsity import ActivationSparsity
     from lightning_interp.callbacks.alerts import Alerts
+    from lightning_interp.callbacks.class_images import ClassImages
     from lightning_interp.callbacks.dead_filters import DeadFilters
     from lightning_interp.callbacks.filter_grid import FilterGrid
     from lightning_interp.callbacks.interp import Interp, standard_callbacks
     from lightning_interp.callbacks.occlusion_maps import OcclusionMaps
     from lightning_interp.callbacks.saliency_maps import SaliencyMaps
+    from lightning_interp.callbacks.top_patches import TopPatches
     from lightning_interp.callbacks.training_dynamics import TrainingDynamics
     from lightning_interp.errors import AlertRaised, ArgumentError, InterpWarning
     from lightning_interp.rules.alert import Alert
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from lightning_interp.rules.non_finite import NonFiniteRule
     from lightning_interp.rules.rule import Rule
     from lightning_interp.rules.undertrained import UndertrainedRule
+    from lightning_interp.rules.unlearned_class import UnlearnedClassRule
     from lightning_interp.rules.untrained_layer import UntrainedLayerRule
 
 _HOMES = {
@@ -40,6 +43,7 @@ _HOMES = {
     "Alerts": "callbacks.alerts",
     "ArgumentError": "errors",
     "BadStartRule": "rules.bad_start",
+    "ClassImages": "callbacks.class_images",
     "DeadFilters": "callbacks.dead_filters",
     "DeadFiltersRule": "rules.dead_filters",
     "DormantUnitsRule": "rules.dormant_units",
@@ -53,8 +57,10 @@ _HOMES = {
     "OcclusionMaps": "callbacks.occlusion_maps",
     "Rule": "rules.rule",
     "SaliencyMaps": "callbacks.saliency_maps",
+    "TopPatches": "callbacks.top_patches",
     "TrainingDynamics": "callbacks.training_dynamics",
     "UndertrainedRule": "rules.undertrained",
+    "UnlearnedClassRule": "rules.unlearned_class",
     "UntrainedLayerRule": "rules.untrained_layer",
     "__version__": "_version",
     "standard_callbacks": "callbacks.interp",
@@ -67,6 +73,7 @@ __all__ = [
     "Alerts",
     "ArgumentError",
     "BadStartRule",
+    "ClassImages",
     "DeadFilters",
     "DeadFiltersRule",
     "DormantUnitsRule",
@@ -80,8 +87,10 @@ __all__ = [
     "OcclusionMaps",
     "Rule",
     "SaliencyMaps",
+    "TopPatches",
     "TrainingDynamics",
     "UndertrainedRule",
+    "UnlearnedClassRule",
     "UntrainedLayerRule",
     "__version__",
     "functional",

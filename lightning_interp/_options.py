@@ -41,14 +41,15 @@ def check_number(argument: str, value: Any, *, low: float, high: float) -> None:
         raise expected(argument, f"a number in [{low:g}, {high:g}]", value)
 
 
-def check_numbers(argument: str, value: Any, *, positive: bool = False) -> None:
-    """Refuses everything but None and a non-empty sequence of finite numbers, above 0 where `positive`."""
+def check_numbers(argument: str, value: Any, *, positive: bool = False) -> list[float] | None:
+    """The numbers as a list; refuses all but None and a non-empty sequence of finite numbers, above 0 if `positive`."""
     if value is None:
-        return
+        return None
     numbers = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else []
     right = all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
     if not numbers or not right or (positive and min(numbers) <= 0):
         raise expected(argument, f"a list of {'positive ' if positive else ''}numbers or None", value)
+    return [float(number) for number in numbers]
 
 
 def check_bool(argument: str, value: Any) -> None:

@@ -131,7 +131,7 @@ class _Ticks(pl.Callback):
 
 
 def run_demo(out: Path, *, epochs: int = 30, seed: int = 0, console: Console | None = None) -> list[Outcome]:
-    """Trains the three runs with `Interp()` and prints what it found.
+    """Trains the three runs with `Interp("full")` and prints what it found.
 
     Args:
         out: Folder for the logs, one folder per run; runs of an earlier demo in it are replaced.
@@ -183,7 +183,7 @@ def train_run(  # noqa: PLR0913 - a script's plumbing
             max_epochs=run.epochs(epochs),
             log_every_n_steps=10,
             logger=TensorBoardLogger(save_dir=out, name="", version=run.name, default_hp_metric=False),
-            callbacks=[Interp(), *callbacks],
+            callbacks=[Interp("full"), *callbacks],
             enable_checkpointing=False,
             enable_model_summary=False,
             enable_progress_bar=False,

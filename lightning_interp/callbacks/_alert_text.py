@@ -56,7 +56,7 @@ def _shared_line(group: Sequence[Alert]) -> str:
 
 
 def table(alerts: Iterable[Alert], *, active: Iterable[Alert] = ()) -> str:
-    """A Markdown table, one row an alert; three columns, since TensorBoard breaks the words of narrow ones.
+    r"""A Markdown table, one row an alert; three columns, since TensorBoard breaks the words of narrow ones.
 
     Args:
         alerts: In the order of the rows.
@@ -67,7 +67,7 @@ def table(alerts: Iterable[Alert], *, active: Iterable[Alert] = ()) -> str:
         <BLANKLINE>
         | alert | what was seen | what to do |
         | --- | --- | --- |
-        | **info**: dead_filters of a\\|b, step 9, raised | Dead. | |
+        | **info**: dead_filters of a\|b, step 9, raised | Dead. | |
     """
     up = list(active)
     rows = [

@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DistributedSampler, SequentialSampler
 from lightning_interp.callbacks import _ranks
 from lightning_interp.callbacks.batches import UnreadableError, read_batch
 from lightning_interp.callbacks.guard import generators_kept
-from lightning_interp.callbacks.samples import _indexable
+from lightning_interp.callbacks.samples import first_indexable
 from lightning_interp.functional.patches import PatchRanker, PatchRanking, merge_rankings
 from lightning_interp.functional.reach import Reached, channels_second
 from lightning_interp.functional.tracing import End, Unit
@@ -22,7 +22,7 @@ _FIELDS = 3
 
 def index_of(trainer: Any) -> Callable[[int], int] | None:
     """How the n-th image that this rank validates on is numbered in the data set; None if that can't be known."""
-    loader = _indexable(trainer.val_dataloaders)
+    loader = first_indexable(trainer.val_dataloaders)
     batches = getattr(loader, "batch_sampler", None)
     if loader is None or type(batches) is not BatchSampler or batches.sampler is not loader.sampler:
         return None

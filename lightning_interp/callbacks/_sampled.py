@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_interp._options import check_positive_int, check_strings, expected
+from lightning_interp._options import check_numbers, check_positive_int, check_strings
 from lightning_interp.callbacks._lightning import LightningModule, Trainer
 from lightning_interp.callbacks.base import InterpCallback, OnError
 from lightning_interp.callbacks.batches import UnreadableError
@@ -87,8 +87,8 @@ class SampledCallback(InterpCallback):
         check_strings("classes", classes)
         self.num_samples = num_samples
         self.samples = samples
-        self.mean = _numbers("mean", mean)
-        self.std = _numbers("std", std)
+        self.mean = check_numbers("mean", mean)
+        self.std = check_numbers("std", std, positive=True)
         self.classes = None if classes is None else list(classes)
         self._forget()
 
@@ -240,11 +240,3 @@ class SampledCallback(InterpCallback):
         if state_dict.get("samples") is not None:
             self._fixed = FixedSamples(*state_dict["samples"])
             self._delivered = state_dict.get("delivered", False)
-
-
-def _numbers(argument: str, values: Sequence[float] | None) -> list[float] | None:
-    if values is None:
-        return None
-    if isinstance(values, str) or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-        raise expected(argument, "a list of numbers, one for each channel, or None", values)
-    return [float(value) for value in values]

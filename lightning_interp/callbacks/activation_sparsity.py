@@ -91,12 +91,10 @@ class ActivationSparsity(InterpCallback):
         )
         check_bool("maps", maps)
         check_positive_int("num_samples", num_samples)
-        check_numbers("mean", mean)
-        check_numbers("std", std, positive=True)
         self.maps = maps
         self.num_samples = num_samples
-        self.mean = None if mean is None else list(mean)
-        self.std = None if std is None else list(std)
+        self.mean = check_numbers("mean", mean)
+        self.std = check_numbers("std", std, positive=True)
         self._reset()
 
     def _reset(self) -> None:

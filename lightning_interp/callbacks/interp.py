@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from lightning_interp._options import check_choice
 from lightning_interp.callbacks._family import Family
 from lightning_interp.callbacks.activation_sparsity import ActivationSparsity
 from lightning_interp.callbacks.alerts import Alerts
 from lightning_interp.callbacks.base import InterpCallback, OnError
+from lightning_interp.callbacks.class_images import ClassImages
 from lightning_interp.callbacks.dead_filters import DeadFilters
 from lightning_interp.callbacks.filter_grid import FilterGrid
+from lightning_interp.callbacks.occlusion_maps import OcclusionMaps
+from lightning_interp.callbacks.saliency_maps import SaliencyMaps
+from lightning_interp.callbacks.top_patches import TopPatches
 from lightning_interp.callbacks.training_dynamics import TrainingDynamics
 from lightning_interp.rules.alert import Severity
 
 Level = Literal["light", "standard", "full"]
+_Options = dict[str, Any]
 
 
 def standard_callbacks(  # noqa: PLR0913 - options, by keyword
@@ -25,6 +30,7 @@ def standard_callbacks(  # noqa: PLR0913 - options, by keyword
     max_layers: int = 32,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    classes: Sequence[str] | None = None,
     on_alert: Literal["log", "stop", "raise"] = "log",
     min_severity: Severity = "critical",
     mute: Sequence[str] | None = None,
@@ -36,8 +42,8 @@ def standard_callbacks(  # noqa: PLR0913 - options, by keyword
     | level | what |
     |---|---|
     | `light` | `TrainingDynamics`, `DeadFilters`, `Alerts`: numbers and alerts only |
-    | `standard` | the same, and `FilterGrid` and `ActivationSparsity` with their pictures |
-    | `full` | the same, with the activation maps of four images |
+    | `standard` | the same, `FilterGrid`, `ActivationSparsity` and `SaliencyMaps`, each with pictures |
+    | `full` | the same with more methods and images, `OcclusionMaps`, `TopPatches`, `ClassImages` (each fifth epoch) |
 
     The options are those of the callbacks, see there.
 
@@ -45,31 +51,33 @@ def standard_callbacks(  # noqa: PLR0913 - options, by keyword
         ArgumentError: If an option is wrong.
     """
     check_choice("level", level, ("light", "standard", "full"))
-    callbacks: list[InterpCallback] = [
-        TrainingDynamics(layers=layers, max_layers=max_layers, name=name, on_error=on_error),
-        DeadFilters(layers=layers, max_layers=max_layers, name=name, on_error=on_error),
-    ]
+    colours: _Options = {"mean": mean, "std": std}
+    named: _Options = {"name": name, "on_error": on_error}
+    shown: _Options = {"layers": layers, "max_layers": max_layers, **named}
+    callbacks: list[InterpCallback] = [TrainingDynamics(**shown), DeadFilters(**shown)]
     if level != "light":
-        callbacks += [
-            ActivationSparsity(
-                layers=layers,
-                max_layers=max_layers,
-                num_samples=4 if level == "full" else 1,
-                mean=mean,
-                std=std,
-                name=name,
-                on_error=on_error,
-            ),
-            FilterGrid(layers=layers, max_layers=max_layers, name=name, on_error=on_error),
-        ]
-    alerts = Alerts(
-        on_alert=on_alert,
-        min_severity=min_severity,
-        mute=mute,
-        name=name,
-        on_error=on_error,
-    )
+        callbacks += _pictures(level == "full", shown, colours, {**colours, "classes": classes, **named})
+    alerts = Alerts(on_alert=on_alert, min_severity=min_severity, mute=mute, **named)
     return [*callbacks, alerts]
+
+
+def _pictures(full: bool, shown: _Options, colours: _Options, sampled: _Options) -> list[InterpCallback]:
+    """What draws. `shown`, `colours`, `sampled`: the options that the callbacks have in common."""
+    standard: list[InterpCallback] = [
+        ActivationSparsity(num_samples=4 if full else 1, **shown, **colours),
+        FilterGrid(**shown),
+    ]
+    if not full:
+        # Two passes over four images; the curves that test the maps cost twenty more.
+        return [*standard, SaliencyMaps(method=["gradient", "grad_cam"], curve_steps=0, **sampled)]
+    named = {key: shown[key] for key in ("name", "on_error")}
+    return [
+        *standard,
+        SaliencyMaps(method=["gradient", "guided_backprop", "grad_cam"], **sampled),
+        OcclusionMaps(**sampled),
+        TopPatches(layers=shown["layers"], **colours, **named),
+        ClassImages(every_n_epochs=5, **sampled),
+    ]
 
 
 class Interp(Family):
@@ -88,6 +96,7 @@ class Interp(Family):
         max_layers: int = 32,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        classes: Sequence[str] | None = None,
         on_alert: Literal["log", "stop", "raise"] = "log",
         min_severity: Severity = "critical",
         mute: Sequence[str] | None = None,
@@ -102,6 +111,7 @@ class Interp(Family):
             max_layers: Most layers with scalars and pictures of their own; aggregates always hold all.
             mean: Per channel, to show normalised images in true colours.
             std: Per channel, likewise.
+            classes: Names of the classes.
             on_alert: What an alert does: `"log"`, `"stop"` the training, or `"raise"`.
             min_severity: For `"stop"` and `"raise"`: the least severity that does.
             mute: Rules to silence: `rule` or `rule:layer-glob`.
@@ -118,6 +128,7 @@ class Interp(Family):
             max_layers=max_layers,
             mean=mean,
             std=std,
+            classes=classes,
             on_alert=on_alert,
             min_severity=min_severity,
             mute=mute,

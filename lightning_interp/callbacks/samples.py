@@ -90,9 +90,9 @@ def read_samples(trainer: Any, model: nn.Module, count: int, samples: Chosen | N
         return _received(trainer, model, _load(samples), own_reader=False)
     if isinstance(samples, tuple) and isinstance(samples[0], Tensor):
         return _received(trainer, model, samples, own_reader=False)
-    loader = _indexable(trainer.val_dataloaders)
+    loader = first_indexable(trainer.val_dataloaders)
     if loader is None:  # not `or`: the truth of a loader is its length, and not all have one
-        loader = _indexable(trainer.train_dataloader)
+        loader = first_indexable(trainer.train_dataloader)
     if loader is None:
         kind = type(getattr(_first_loader(trainer.train_dataloader), "dataset", None)).__name__
         raise UnreadableError(
@@ -152,7 +152,7 @@ def _load(path: str) -> Any:
     return batch if labels is None or isinstance(batch, dict) else (images, labels)
 
 
-def _indexable(loaders: Any) -> DataLoader[Any] | None:
+def first_indexable(loaders: Any) -> DataLoader[Any] | None:
     """The first loader, if its data set can be read by index."""
     loader = _first_loader(loaders)
     dataset = getattr(loader, "dataset", None)

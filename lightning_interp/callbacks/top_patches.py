@@ -10,12 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_interp._options import check_bool, check_positive_int, select, spread
+from lightning_interp._options import check_bool, check_numbers, check_positive_int, select, spread
 from lightning_interp.callbacks import _ranks
 from lightning_interp.callbacks._excited import Excited, firing, images_of, index_of, turnover_of
 from lightning_interp.callbacks._lightning import LightningModule, Trainer
 from lightning_interp.callbacks._patch_pictures import BLANK, LayerPictures, Shown
-from lightning_interp.callbacks._sampled import _numbers
 from lightning_interp.callbacks.base import InterpCallback, OnError
 from lightning_interp.callbacks.guard import undisturbed
 from lightning_interp.callbacks.observer import Observer
@@ -118,8 +117,8 @@ class TopPatches(InterpCallback):
         self.filters_per_layer = filters_per_layer
         self.maximize = maximize
         self.steps = steps
-        self.mean = _numbers("mean", mean)
-        self.std = _numbers("std", std)
+        self.mean = check_numbers("mean", mean)
+        self.std = check_numbers("std", std, positive=True)
         self._forget()
 
     def _forget(self) -> None:

@@ -3,16 +3,37 @@
 Each callback is a thin layer over these; all of them can be used without a Trainer.
 """
 
+from lightning_interp.functional.class_images import class_evidence, maximize_class
 from lightning_interp.functional.dead import dead_filters, dormancy_scores
+from lightning_interp.functional.faithfulness import concentration, faithfulness
 from lightning_interp.functional.filters import filter_movement, filter_smoothness, variance_entropy
+from lightning_interp.functional.integrated_gradients import integrated_gradients
+from lightning_interp.functional.occlusion import occlusion, occlusion_map
+from lightning_interp.functional.patches import PatchRanking, project_patches, rank_patches
+from lightning_interp.functional.receptive_field import ReceptiveField, receptive_field
+from lightning_interp.functional.saliency import saliency_map, saliency_maps
 from lightning_interp.functional.sparsity import sparsity
 from lightning_interp.functional.updates import step_ratio, update_ratio
 
 __all__ = [
+    "PatchRanking",
+    "ReceptiveField",
+    "class_evidence",
+    "concentration",
     "dead_filters",
     "dormancy_scores",
+    "faithfulness",
     "filter_movement",
     "filter_smoothness",
+    "integrated_gradients",
+    "maximize_class",
+    "occlusion",
+    "occlusion_map",
+    "project_patches",
+    "rank_patches",
+    "receptive_field",
+    "saliency_map",
+    "saliency_maps",
     "sparsity",
     "step_ratio",
     "update_ratio",

@@ -14,6 +14,7 @@ from lightning_interp.rules.noisy_filters import NoisyFiltersRule
 from lightning_interp.rules.non_finite import NonFiniteRule
 from lightning_interp.rules.rule import Rule
 from lightning_interp.rules.undertrained import UndertrainedRule
+from lightning_interp.rules.unlearned_class import UnlearnedClassRule
 from lightning_interp.rules.untrained_layer import UntrainedLayerRule
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Series",
     "Severity",
     "UndertrainedRule",
+    "UnlearnedClassRule",
     "UntrainedLayerRule",
     "default_rules",
 ]
@@ -54,5 +56,6 @@ def default_rules() -> list[Rule]:
         DormantUnitsRule(),
         UntrainedLayerRule(),
         NoisyFiltersRule(),
+        UnlearnedClassRule(),
         UndertrainedRule(),
     ]

@@ -16,6 +16,7 @@ update stands at step 0.
 | `dead_fraction`, `dead_filters` | yes | of each window; the first one is the window before the first update |
 | `dormant_fraction` | yes | of each window, where nothing is exactly zero |
 | `sparsity` | yes | fraction of exact zeros |
+| `class_image_augmented` | by class | probability of the class for its own image under augmentation |
 | `filter_smoothness`, `filter_entropy`, `filter_movement` | yes | of the weights; the first one is at step 0 |
 
 | fact | per layer | what |

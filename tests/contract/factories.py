@@ -5,11 +5,13 @@ from __future__ import annotations
 from lightning_interp import (
     ActivationSparsity,
     Alerts,
+    ClassImages,
     DeadFilters,
     FilterGrid,
     Interp,
     OcclusionMaps,
     SaliencyMaps,
+    TopPatches,
     TrainingDynamics,
     standard_callbacks,
 )
@@ -24,8 +26,19 @@ def often():
         TrainingDynamics(dense_steps=1000, on_error="raise"),
         saliency(),
         OcclusionMaps(window=4, every_n_train_steps=2, on_error="raise"),
+        ClassImages(steps=3, num_samples=8, on_error="raise"),
+        TopPatches(k=2, filters_per_layer=2, on_error="raise"),
         Alerts(on_error="raise"),
     ]
+
+
+def full():
+    """All that `Interp` can hold; fewer steps for the class images, which are the dear ones."""
+    interp = Interp("full", on_error="raise")
+    for child in interp.children:
+        if isinstance(child, ClassImages):
+            child.steps = 3
+    return [interp]
 
 
 def saliency():
@@ -48,12 +61,25 @@ SINGLE = {
     "TrainingDynamics": lambda: [TrainingDynamics(dense_steps=1000, on_error="raise")],
     "SaliencyMaps": lambda: [saliency()],
     "OcclusionMaps": lambda: [OcclusionMaps(window=4, every_n_train_steps=2, on_error="raise")],
+    "ClassImages": lambda: [ClassImages(steps=3, num_samples=8, on_error="raise")],
+    "TopPatches": lambda: [TopPatches(k=2, filters_per_layer=2, on_error="raise")],
     "Alerts": lambda: [Alerts(on_error="raise")],
 }
 WHOLE = {
     "often": often,
-    "Interp": lambda: [Interp("full", on_error="raise")],
+    "Interp": full,
     "standard": lambda: standard_callbacks(on_error="raise"),
 }
 ALL = {**SINGLE, **WHOLE}
-CLASSES = (DeadFilters, ActivationSparsity, FilterGrid, TrainingDynamics, SaliencyMaps, OcclusionMaps, Alerts, Interp)
+CLASSES = (
+    DeadFilters,
+    ActivationSparsity,
+    FilterGrid,
+    TrainingDynamics,
+    SaliencyMaps,
+    OcclusionMaps,
+    ClassImages,
+    TopPatches,
+    Alerts,
+    Interp,
+)
