@@ -31,7 +31,17 @@ BROWSER_OPTIONS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-FIGURES = {"timeseries": r"^interp/|interp\.dead", "filters": r"interp\.(filters|activation)"}  # name to tags
+FIGURES = {  # name to dashboard and tags
+    "timeseries": (
+        "timeseries",
+        r"^interp/(alerts_(active|critical|warning)|dead_f|sparsity|step_r|update_ratio_median|l)",
+    ),
+    "pictures": (
+        "images",
+        r"filters/00|activation_maps_0/0[12]|saliency/(grad_cam|guided_backprop)$|drop|patches_strip/02|images/strip",
+    ),
+}
+SIZE = (1600, 1300)
 WAIT_S = 60.0
 MAX_BYTES = 300_000
 
@@ -53,9 +63,22 @@ def tensorboard_server(logdir: Path, *, load_fast: bool | None = None) -> Iterat
         TimeoutError: If it doesn't answer.
     """
     choice = {None: "auto", True: "true", False: "false"}[load_fast]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--host", "127.0.0.1", "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        "--logdir",
+        logdir.resolve().name,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+    ]
     command += ["--load_fast", choice, "--reload_interval", "1", "--samples_per_plugin", "images=1000"]
-    with tempfile.TemporaryFile("w+") as output, subprocess.Popen(command, stdout=output, stderr=output) as server:
+    with (
+        tempfile.TemporaryFile("w+") as output,
+        subprocess.Popen(command, stdout=output, stderr=output, cwd=logdir.resolve().parent) as server,
+    ):
         try:
             yield _address(server, output)
         finally:
@@ -233,12 +256,21 @@ def main(out: Path = Path("docs/figures"), logs: Path | None = None, seed: int =
     """
     with tempfile.TemporaryDirectory() as scratch:
         if logs is None:
-            logs = Path(scratch)
+            logs = Path(scratch) / "runs"
             train(logs, seed)
         with tensorboard_server(logs) as url, browser() as chromium:
             wait_for_tag(url, "interp")
-            for name, tag_filter in FIGURES.items():
-                screenshot(chromium, url, out / f"{name}.png", tag_filter=tag_filter, prepare=close_settings)
+            for name, (dashboard, tag_filter) in FIGURES.items():
+                tidy = close_settings if dashboard == "timeseries" else None
+                screenshot(
+                    chromium,
+                    url,
+                    out / f"{name}.png",
+                    dashboard=dashboard,
+                    tag_filter=tag_filter,
+                    size=SIZE,
+                    prepare=tidy,
+                )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ _IN_CHECKPOINT = 1_000_000
 _IMAGE_AXES = 4
 _FRAMES = 15  # and the images themselves: sixteen fill a card four by four
 # Strategies whose modules hold only a part of each weight.
-_SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLAFSDP")
+SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLAFSDP")
 
 
 class SampledCallback(InterpCallback):
@@ -104,6 +105,7 @@ class SampledCallback(InterpCallback):
 
     # ------------------------------------------------------------------ what a subclass writes
 
+    @abstractmethod
     def measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """Measures and logs.
 
@@ -112,7 +114,6 @@ class SampledCallback(InterpCallback):
             pl_module: The model.
             step: Step on the axis of `self.log`.
         """
-        raise NotImplementedError
 
     # ------------------------------------------------------------------ when
 
@@ -122,7 +123,7 @@ class SampledCallback(InterpCallback):
         if stage == "fit":
             self._forget()
             strategy = type(trainer.strategy).__name__
-            if strategy.startswith(_SHARDED):
+            if strategy.startswith(SHARDED):
                 raise ArgumentError(
                     f"{type(self).__name__} runs forwards of its own on one rank, which {strategy} does not allow. "
                     'Remove it, or train with strategy="ddp".'

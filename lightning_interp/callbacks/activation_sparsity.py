@@ -15,7 +15,7 @@ from lightning_interp._options import check_bool, check_numbers, check_positive_
 from lightning_interp.callbacks import _ranks
 from lightning_interp.callbacks._lightning import LightningModule, Trainer
 from lightning_interp.callbacks.base import InterpCallback, OnError
-from lightning_interp.callbacks.batches import UnreadableError
+from lightning_interp.callbacks.batches import NoScoresError, UnreadableError
 from lightning_interp.callbacks.guard import undisturbed
 from lightning_interp.callbacks.observer import Observer
 from lightning_interp.callbacks.samples import fixed_samples
@@ -249,6 +249,15 @@ class ActivationSparsity(InterpCallback):
 
     # ------------------------------------------------------------------ pictures
 
+    def _say_no_maps(self, trainer: Trainer, error: Exception) -> None:
+        said = Session.of(trainer).said
+        if NoScoresError not in said:
+            said.add(NoScoresError)
+            self.say_once(
+                f"ActivationSparsity, and whatever needs to call the model, has no pictures to show: calling it with "
+                f"images raised {type(error).__name__}: {error}. Numbers go on."
+            )
+
     def _show_maps(self, trainer: Trainer, pl_module: LightningModule, *, step: int) -> None:
         """The activation maps of the fixed samples, one picture per layer and sample."""
         if self._images is None:
@@ -260,10 +269,7 @@ class ActivationSparsity(InterpCallback):
             del output
         except Exception as error:  # a forward that takes something else than images
             self._images = None
-            self.say_once(
-                f"ActivationSparsity shows no activation maps: calling the model with images raised "
-                f"{type(error).__name__}: {error}. Its numbers go on."
-            )
+            self._say_no_maps(trainer, error)
             return
         if tracer.error is not None:
             raise tracer.error

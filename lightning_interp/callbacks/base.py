@@ -20,6 +20,7 @@ from torch import Tensor
 from lightning_interp._options import check_choice, check_positive_int, check_strings, expected, select, spread
 from lightning_interp.callbacks import _ranks
 from lightning_interp.callbacks._lightning import CallbackBase, LightningModule, Trainer, axis_step
+from lightning_interp.callbacks.batches import UnreadableError
 from lightning_interp.callbacks.schedule import Schedule
 from lightning_interp.callbacks.session import Session
 from lightning_interp.errors import AlertRaised, ArgumentError, InterpWarning
@@ -86,7 +87,10 @@ def _guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
             self._flush_quietly(trainer)
             raise
         except Exception as error:
-            self._rest(error, name)
+            if isinstance(error, UnreadableError):
+                self._give_up(trainer, error)
+            else:
+                self._rest(error, name)
             if not self._met:  # the other ranks may wait for this one in this very hook
                 self.while_resting(name, trainer)
         finally:
@@ -240,6 +244,16 @@ class InterpCallback(CallbackBase):
             f"{type(self).__name__} failed in {hook} with {type(error).__name__}: {error}. Training goes on without "
             f'it. Set on_error="raise" to see where it comes from.'
         )
+
+    def _give_up(self, trainer: Trainer, error: UnreadableError) -> None:
+        """A model or a data set that can't be read is no failure: it is said once, whoever else needs the same."""
+        self._outbox.clear()
+        self.resting = True
+        self.release()
+        said = Session.of(trainer).said
+        if type(error) not in said:
+            said.add(type(error))
+            self.say_once(f"{type(self).__name__}, and whatever needs the same, has nothing to show: {error}")
 
     def say_once(self, message: str) -> None:
         """Warns, the first time only."""

@@ -23,6 +23,10 @@ class UnreadableError(ValueError):
     """A batch or an output can't be read; the message says what to do."""
 
 
+class NoScoresError(UnreadableError):
+    """A model gives no scores for images; the message says what to do."""
+
+
 def read_batch(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
     """Images and labels of a batch.
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from lightning_interp._options import check_choice
 from lightning_interp.callbacks._family import Family
+from lightning_interp.callbacks._lightning import LightningModule, Trainer
+from lightning_interp.callbacks._sampled import SHARDED, SampledCallback
 from lightning_interp.callbacks.activation_sparsity import ActivationSparsity
 from lightning_interp.callbacks.alerts import Alerts
 from lightning_interp.callbacks.base import InterpCallback, OnError
@@ -21,6 +24,8 @@ from lightning_interp.rules.alert import Severity
 
 Level = Literal["light", "standard", "full"]
 _Options = dict[str, Any]
+_CALLING = (SampledCallback, TopPatches)
+log = logging.getLogger("lightning_interp")
 
 
 def standard_callbacks(  # noqa: PLR0913 - options, by keyword
@@ -136,3 +141,13 @@ class Interp(Family):
             on_error=on_error,
         )
         self.alerts = next(child for child in self.children if isinstance(child, Alerts))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leaves out what a sharded strategy does not allow; alone, such a callback is refused by name."""
+        strategy = type(trainer.strategy).__name__
+        kept = [child for child in self.children if not (strategy.startswith(SHARDED) and isinstance(child, _CALLING))]
+        if len(kept) < len(self.children):
+            left_out = ", ".join(type(child).__name__ for child in self.children if child not in kept)
+            self.children = kept
+            log.warning(f"{strategy} allows no forward on one rank alone, so Interp leaves out {left_out}.")
+        super().setup(trainer, pl_module, stage)

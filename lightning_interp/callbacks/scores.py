@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_interp.callbacks.batches import UnreadableError
+from lightning_interp.callbacks.batches import NoScoresError, UnreadableError
 
 __all__ = ["ScoreModel", "UnreadableError", "class_probabilities", "read_scores", "read_targets", "sample_losses"]
 
@@ -65,7 +65,7 @@ class ScoreModel(nn.Module):
         except (torch.OutOfMemoryError, UnreadableError):
             raise
         except Exception as error:
-            raise UnreadableError(
+            raise NoScoresError(
                 f"Calling {type(self.module).__name__} with images {tuple(images.shape)} raised "
                 f"{type(error).__name__}: {error}. {_WAY_OUT}"
             ) from error
@@ -120,7 +120,7 @@ def read_scores(output: Any, count: int) -> Tensor:
     """
     found = _find(output, count)
     if found is None:
-        raise UnreadableError(
+        raise NoScoresError(
             f"Expected scores of {count} images, (N, classes) or (N,), alone or in a tuple or dict, but got "
             f"{_describe(output)}. {_WAY_OUT}"
         )

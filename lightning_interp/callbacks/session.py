@@ -28,6 +28,7 @@ class Session:
         depths: Position of each layer with weights in the whole model, in the order of `named_modules()`.
         directory: Folder of the run's own files, None when nothing is to be written.
         dead: Layer to the indices of its dead filters in the last window.
+        said: Kinds of what can't be read that were reported already.
     """
 
     def __init__(self, trainer: Any, model: nn.Module) -> None:
@@ -36,6 +37,7 @@ class Session:
         self.depths = layer_depths(model)
         self.directory = log_directory(trainer)
         self.dead: dict[str, list[int]] = {}
+        self.said: set[type[Exception]] = set()
         self._last_steps: dict[str, int] = {}
         self._ended = False
         self._closed = False

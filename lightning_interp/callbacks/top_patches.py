@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -42,6 +43,9 @@ class _Run:
 
     excited: Excited
     observer: Observer | None = None
+
+
+log = logging.getLogger("lightning_interp")
 
 
 class TopPatches(InterpCallback):
@@ -161,9 +165,8 @@ class TopPatches(InterpCallback):
         elif trainer.is_global_zero:
             why = "The model is compiled" if compiled else "There is no validation"
             self._eager_images = read_samples(trainer, pl_module, _SAMPLES).images
-            self.say_once(
-                f"{why}: TopPatches looks at the first {len(self._eager_images)} images of the set, in an eager pass."
-            )
+            count = len(self._eager_images)
+            log.info(f"{why}: TopPatches looks at the first {count} images of the set, in an eager pass.")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins a run that is due."""

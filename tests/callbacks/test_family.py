@@ -18,6 +18,7 @@ class TrainerStub:
     state = SimpleNamespace(fn="fit")
     sanity_checking = False
     is_global_zero = True
+    world_size = 1
 
 
 TRAINER = TrainerStub()

@@ -402,7 +402,7 @@ def test_options_come_from_yaml():
         ({"samples": [-1]}, "argument `samples` to be a list of indices"),
         ({"samples": (torch.zeros(2, 1, 4, 4), torch.zeros(3))}, r"but got \(\(2, 1, 4, 4\), \(3,\)\)"),
         ({"mean": "0.5"}, "argument `mean` to be a list of numbers"),
-        ({"std": [None]}, "argument `std` to be a list of numbers"),
+        ({"std": [None]}, "argument `std` to be a list of positive numbers"),
         ({"classes": "ab"}, "argument `classes` to be a list of strings"),
         ({"every_n_epochs": 1, "every_n_train_steps": 1}, "exclude each other"),
         ({"name": "a/b"}, "argument `name` to be a non-empty string without a slash"),

@@ -56,8 +56,10 @@ WRONG = {
         "patience": [*NOT_POSITIVE, None],
         "rules": ["dead_filters", 3, ["dead_filters"], [DeadFiltersRule], [DeadFiltersRule(), DeadFiltersRule()]],
     },
-    Interp: {**COMMON, **NORMALISED, **ALERTING, "level": ["high", "Full", None, 1]},
-    standard_callbacks: {**COMMON, **NORMALISED, **ALERTING, "level": ["high", "Full", None, 1]},
+    Interp: {**COMMON, **NORMALISED, **ALERTING, "classes": NOT_STRINGS, "level": ["high", "Full", None, 1]},
+    standard_callbacks: {
+        **COMMON, **NORMALISED, **ALERTING, "classes": NOT_STRINGS, "level": ["high", "Full", None, 1],
+    },
 }  # fmt: skip
 CASES = [
     (make, option, value) for make, options in WRONG.items() for option, values in options.items() for value in values

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_interp
-from lightning_interp import ActivationSparsity, Alerts, DeadFilters, FilterGrid, Interp, TrainingDynamics
+from lightning_interp import ActivationSparsity, Alerts, DeadFilters, FilterGrid, Interp, SaliencyMaps, TrainingDynamics
 from lightning_interp.callbacks._family import with_children
 from tests.contract.battery import fit_quietly
 from tests.contract.factories import ALL, CLASSES, WHOLE, often
@@ -141,7 +141,7 @@ def test_endless_loader_ends_with_max_steps_and_reports_before(name):
     _, trainer, said = fit(ALL[name](), train=train, val=None, max_epochs=-1, max_steps=9, logger=logger)
     assert trainer.global_step == 9
     assert len(said) <= 1
-    assert logger.of_interp()
+    assert logger.of_interp() or (name == "TopPatches" and said)  # a stream without validation holds no known images
 
 
 def test_endless_loader_with_validation_by_steps():
@@ -342,7 +342,7 @@ MODELS = {
     "no forward": (NoForward, 1),
     "configure_model": (Late, 0),
     "lazy layers": (Lazy, 0),
-    "no convolution": (NoConvolution, 1),
+    "no convolution": (NoConvolution, 2),  # no filters, and nothing for Grad-CAM
 }
 
 
@@ -439,7 +439,7 @@ def test_callbacks_can_be_pickled_and_copied_before_and_after_a_fit(name):
     callbacks = ALL[name]()
     twin = copy.deepcopy(pickle.loads(pickle.dumps(callbacks)))
     logger = Capture()
-    fit(twin, logger=logger, max_epochs=1)
+    fit(twin, logger=logger)
     assert logger.of_interp()
     again = copy.deepcopy(pickle.loads(pickle.dumps(twin)))
     assert [callback.state_key for callback in again] == [callback.state_key for callback in callbacks]
@@ -531,5 +531,5 @@ def test_alerts_alone_bring_what_their_rules_need():
 def test_interp_holds_all_of_its_parts():
     """Each callback once; the list for those who want to change it is the same."""
     parts = [type(child) for child in Interp().children]
-    assert set(parts) == {DeadFilters, ActivationSparsity, FilterGrid, TrainingDynamics, Alerts}
+    assert set(parts) == {DeadFilters, ActivationSparsity, FilterGrid, TrainingDynamics, SaliencyMaps, Alerts}
     assert parts == [type(callback) for callback in lightning_interp.standard_callbacks()]
