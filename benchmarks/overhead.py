@@ -2,7 +2,8 @@
 
     python benchmarks/overhead.py [--steps 60] [--fits 3] [--models resnet18]
 
-Two tables. *Steps*: the median time of a training step with the watch of `DeadFilters` in a given state over the median
+All times are CPU times of this process with one thread, which a busy machine disturbs less than the clock. Two tables.
+*Steps*: the median time of a training step with the watch of `DeadFilters` in a given state over the median
 without it; the two kinds of step alternate, so that drift of the machine hits both. *Fits*: the time of a whole `fit`
 with `Interp()` over one without, again alternating, and the share that the callbacks themselves report. Every watched
 run is checked to have measured something: a watch that silently broke would look superb.
@@ -83,7 +84,7 @@ class Stepper:
         if self.new_window:
             self.window = Window()
         parameters = list(self.model.parameters())
-        start = time.perf_counter()
+        start = time.process_time()
         if watched:
             self.window.open(self.observer, counting)
         loss = F.cross_entropy(self.model(self.images), self.labels)
@@ -91,7 +92,7 @@ class Stepper:
             self.window.stop_reading()
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             parameter.data.add_(gradient, alpha=0.0)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
 
 def counting(units: dict[str, Unit]) -> list[str]:
@@ -156,9 +157,9 @@ def fit(
             enable_model_summary=False,
         )
         loaders = DataLoader(data, batch, shuffle=True), DataLoader(data, batch)
-        start = time.perf_counter()
+        start = time.process_time()
         trainer.fit(Classifier(make()), *loaders)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
     if watched and not trainer.callback_metrics.keys() >= {"interp/dead_filters", "interp/update_ratio_median"}:
         raise RuntimeError("the callbacks have measured nothing")
     return seconds, sum(child.seconds for child in interp.children)

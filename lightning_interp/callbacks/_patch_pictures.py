@@ -95,10 +95,7 @@ class LayerPictures:
                 self.fields[shown.layer] = receptive_field(model, shown.layer, shape)
             except Exception as error:  # a forward that takes something else than images
                 self.fields[shown.layer] = None
-                say(
-                    f"TopPatches shows whole images: the receptive field of {shown.layer!r} can't be found "
-                    f"({type(error).__name__}: {error})."
-                )
+                say(_limit(error))
         field = self.fields[shown.layer]
         return field if field is not None and len(field.size) == len(shown.grid) else None
 
@@ -116,7 +113,7 @@ class LayerPictures:
                 gradients, _ = project_patches(model, images, shown.layer, filters, positions, call=call)
                 found.update(zip(part, gradients.float().cpu(), strict=True))
         except Exception as error:  # a forward that takes something else than images
-            say(f"TopPatches shows no projections: {type(error).__name__}: {error}")
+            say(_limit(error))
             return None
         return found
 
@@ -160,3 +157,9 @@ def _box(field: ReceptiveField | None, grid: tuple[int, ...], position: int) -> 
 def _projected(gradient: Tensor, box: Box | None) -> Pixels:
     """The scale is that of what is shown; outside the receptive field the gradient is zero anyway."""
     return cut(projection(gradient.numpy()), box)
+
+
+def _limit(error: Exception) -> str:
+    root = error.__cause__ or error
+    what = f"{type(root).__name__}: {root}"
+    return f"TopPatches shows whole images, or no projections, where it can't run the model on images ({what})."

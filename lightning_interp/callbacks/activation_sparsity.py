@@ -121,7 +121,7 @@ class ActivationSparsity(InterpCallback):
             try:
                 self._images, _ = fixed_samples(trainer, pl_module, self.num_samples)
             except UnreadableError as error:
-                self.say_once(f"ActivationSparsity shows no activation maps: {error}")
+                self.say_for_all(trainer, type(error), f"has no pictures to show: {error}")
         if self.step_of(trainer) == 0:
             self._show_maps(trainer, pl_module, step=0)
 
@@ -249,15 +249,6 @@ class ActivationSparsity(InterpCallback):
 
     # ------------------------------------------------------------------ pictures
 
-    def _say_no_maps(self, trainer: Trainer, error: Exception) -> None:
-        said = Session.of(trainer).said
-        if NoScoresError not in said:
-            said.add(NoScoresError)
-            self.say_once(
-                f"ActivationSparsity, and whatever needs to call the model, has no pictures to show: calling it with "
-                f"images raised {type(error).__name__}: {error}. Numbers go on."
-            )
-
     def _show_maps(self, trainer: Trainer, pl_module: LightningModule, *, step: int) -> None:
         """The activation maps of the fixed samples, one picture per layer and sample."""
         if self._images is None:
@@ -269,7 +260,8 @@ class ActivationSparsity(InterpCallback):
             del output
         except Exception as error:  # a forward that takes something else than images
             self._images = None
-            self._say_no_maps(trainer, error)
+            what = f"calling the model with images raised {type(error).__name__}: {error}"
+            self.say_for_all(trainer, NoScoresError, f"has no pictures to show: {what}. Numbers go on.")
             return
         if tracer.error is not None:
             raise tracer.error

@@ -250,10 +250,14 @@ class InterpCallback(CallbackBase):
         self._outbox.clear()
         self.resting = True
         self.release()
+        self.say_for_all(trainer, type(error), f"has nothing to show: {error}")
+
+    def say_for_all(self, trainer: Trainer, kind: type[Exception], message: str) -> None:
+        """Warns of a limit that other callbacks share; the first one to meet it speaks for all."""
         said = Session.of(trainer).said
-        if type(error) not in said:
-            said.add(type(error))
-            self.say_once(f"{type(self).__name__}, and whatever needs the same, has nothing to show: {error}")
+        if kind not in said:
+            said.add(kind)
+            self.say_once(f"{type(self).__name__}, and whatever needs the same, {message}")
 
     def say_once(self, message: str) -> None:
         """Warns, the first time only."""

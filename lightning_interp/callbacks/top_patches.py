@@ -163,10 +163,12 @@ class TopPatches(InterpCallback):
                     "TopPatches can't tell which images each rank validates on, so it shows those of rank zero only."
                 )
         elif trainer.is_global_zero:
-            why = "The model is compiled" if compiled else "There is no validation"
             self._eager_images = read_samples(trainer, pl_module, _SAMPLES).images
-            count = len(self._eager_images)
-            log.info(f"{why}: TopPatches looks at the first {count} images of the set, in an eager pass.")
+            what = f"TopPatches looks at the first {len(self._eager_images)} images of the set, in an eager pass."
+            if compiled:
+                self.say_once(f"The model is compiled: {what}")
+            else:
+                log.info(f"There is no validation: {what}")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins a run that is due."""

@@ -112,7 +112,7 @@ def test_endless_data_falls_back_to_steps(monkeypatch):
     """No epoch ends: sampled and reported by steps; pictures are not to be had, which is said."""
     monkeypatch.setattr("lightning_interp.callbacks.schedule.FALLBACK_STEPS", 4)
     monkeypatch.setattr(activation_sparsity, "_SAMPLE_EVERY", 2)
-    with pytest.warns(InterpWarning, match=r"no activation maps.*read by index.*got Endless"):
+    with pytest.warns(InterpWarning, match=r"no pictures to show.*read by index.*got Endless"):
         _, reference = run(train=DataLoader(Endless(), batch_size=1), epochs=-1, max_steps=9, options={"maps": True})
     assert_history(reference, {0: [0], 3: [2], 7: [4, 6], 8: [8]})
 
@@ -324,7 +324,7 @@ class NoForward(Plain):
 
 def test_model_that_can_not_be_called_with_images_keeps_its_numbers(drawn):
     """Said once, with the reason."""
-    with pytest.warns(InterpWarning, match=r"no activation maps.*TypeError.*mask") as said:
+    with pytest.warns(InterpWarning, match=r"no pictures to show.*TypeError.*mask") as said:
         _, reference = run(NoForward(), epochs=2, options={"maps": True})
     assert len([warning for warning in said if warning.category is InterpWarning]) == 1
     assert drawn == []

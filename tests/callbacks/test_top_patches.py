@@ -149,14 +149,15 @@ def test_training_is_the_same_bit_for_bit(recipe):
     assert_undisturbed(lambda: [TopPatches(k=2, maximize=True, steps=3, on_error="raise")], recipe)
 
 
-def test_without_validation_the_first_images_are_passed_through_eagerly(tmp_path):
-    """And that is said."""
+def test_without_validation_the_first_images_are_passed_through_eagerly(tmp_path, caplog):
+    """And that stands in the log."""
+    caplog.set_level("INFO", logger="lightning_interp")
     callback = TopPatches(on_error="raise")
     trainer = quiet_trainer(callbacks=[callback], logger=pl.loggers.TensorBoardLogger(tmp_path))
     said = fit_quietly(trainer, Plain(), loader(noise=0.0))
-    assert len(said) == 1
-    assert "There is no validation" in said[0]
-    assert "first 24 images" in said[0]
+    assert said == []
+    (message,) = [m for m in caplog.messages if "There is no validation" in m]
+    assert "first 24 images" in message
     assert set(callback.top) == {"net.0", "net.3", "net.8"}
 
 

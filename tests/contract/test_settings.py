@@ -338,8 +338,8 @@ MODELS = {
     "step returns a dict": (ReturnsADictionary, 0),
     "two optimizers": (TwoOptimizers, 0),
     "manual and nothing": (ReturnsNothing, 0),
-    "forward takes the label": (NoImages, 1),
-    "no forward": (NoForward, 1),
+    "forward takes the label": (NoImages, 2),
+    "no forward": (NoForward, 2),
     "configure_model": (Late, 0),
     "lazy layers": (Lazy, 0),
     "no convolution": (NoConvolution, 2),  # no filters, and nothing for Grad-CAM
