@@ -1,7 +1,7 @@
 # `make demo` and `make test` work on a bare machine with Python and make; both are quick the second time.
 
 PYTHON ?= python3
-PYTHON_OLDEST ?= python3.10
+PYTHON_OLDEST ?= $(PYTHON)
 
 BIN := .venv/bin
 BASE := .venv/.base

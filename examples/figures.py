@@ -38,8 +38,9 @@ FIGURES = {  # name to dashboard and tags
     ),
     "pictures": (
         "images",
-        r"filters/00|activation_maps_0/0[12]|saliency/(grad_cam|guided_backprop)$|drop|patches_strip/02|images/strip",
+        r"filters/00|activation_maps_0/0[12]|images/strip",
     ),
+    "attribution": ("images", r"saliency/g(rad_cam|uided_backprop)$|occlusion/drop|top_patches/02"),
 }
 SIZE = (1600, 1300)
 WAIT_S = 60.0
