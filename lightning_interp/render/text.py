@@ -68,8 +68,6 @@ def fit(text: str, room: int) -> str:
 
 
 @cache
-def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    # Older versions have one font only.
-    load = getattr(ImageFont, "load_default_imagefont", ImageFont.load_default)
-    font: ImageFont.ImageFont | ImageFont.FreeTypeFont = load()
-    return font
+def _font() -> ImageFont.ImageFont:
+    """The bitmap font: `load_default` gives an outline font, whose soft edges TensorBoard's enlarging would blur."""
+    return ImageFont.load_default_imagefont()

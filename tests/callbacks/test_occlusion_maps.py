@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import nn
 
@@ -128,7 +129,8 @@ def test_long_measurement_is_announced_once(caplog, capsys, monkeypatch):
     lines = [record.message for record in caplog.records if record.name == "lightning_interp"]
     assert len(lines) == 1
     assert lines[0].startswith("OcclusionMaps: 252 forwards of single images, about ")
-    assert lines[0] in capsys.readouterr().out
+    if tuple(map(int, pl.__version__.split(".")[:2])) >= (2, 6):  # older bars print only while they run
+        assert lines[0] in capsys.readouterr().out
 
 
 def test_short_measurement_is_not_announced(caplog):

@@ -188,6 +188,8 @@ def test_stream_can_not_be_read_by_index():
 class Unsized(Sampler):
     """In order, and does not know how long it is."""
 
+    sampler = None  # older versions of Lightning look for it
+
     def __iter__(self):
         return iter([[0, 1], [2]])
 
