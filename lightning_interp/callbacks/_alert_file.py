@@ -17,15 +17,17 @@ class AlertFile:
     will be raised again, and must not stand there twice.
     """
 
-    def __init__(self, directory: str, known: Iterable[Alert] = ()) -> None:
-        """Makes the file, empty or with the known alerts.
+    def __init__(self, directory: str, known: Iterable[Alert] = (), *, go_on: bool = False) -> None:
+        """Makes the file, empty or with the known alerts; with `go_on` and nothing known, what stands there is kept.
 
         Raises:
             OSError: If it can't be written.
         """
         self.path = Path(directory) / FILE_NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(_lines(known), encoding="utf-8")
+        lines = _lines(known)
+        if lines or not (go_on and self.path.exists()):
+            self.path.write_text(lines, encoding="utf-8")
 
     def append(self, alerts: Iterable[Alert]) -> None:
         """Adds lines.

@@ -17,7 +17,13 @@ class Outlets:
     """The outlets of one fit. One that fails is closed and reported, and the others go on."""
 
     def __init__(
-        self, directory: str | None, known: Sequence[Alert], urls: Sequence[str], report: Callable[[str], None]
+        self,
+        directory: str | None,
+        known: Sequence[Alert],
+        urls: Sequence[str],
+        report: Callable[[str], None],
+        *,
+        go_on: bool = False,
     ) -> None:
         """Makes the file and the thread that sends.
 
@@ -26,13 +32,14 @@ class Outlets:
             known: Alerts of the run before a resume, for the file.
             urls: Apprise URLs.
             report: Called with a sentence for what went wrong.
+            go_on: Whether the same Trainer has trained before: its file is kept.
         """
         self._report = report
         self._notifier = Notifier(urls) if urls else None
         self._file: AlertFile | None = None
         if directory is not None:
             try:
-                self._file = AlertFile(directory, known)
+                self._file = AlertFile(directory, known, go_on=go_on)
             except OSError as error:
                 self._report_file(error)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_interp.sinks import is_tensorboard
@@ -54,5 +55,8 @@ def log_directory(trainer: Any) -> str | None:
     if trainer.fast_dev_run or not trainer.loggers:
         return None
     logger = next((logger for logger in trainer.loggers if is_tensorboard(logger)), trainer.loggers[0])
-    directory = getattr(logger, "log_dir", None) or logger.save_dir
+    directory = getattr(logger, "log_dir", None)
+    if directory is None and logger.save_dir is not None:
+        # As ModelCheckpoint does: these loggers' runs share a folder.
+        directory = Path(logger.save_dir) / str(logger.name) / str(logger.version)
     return None if directory is None else str(directory)

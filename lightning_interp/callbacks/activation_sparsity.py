@@ -233,7 +233,7 @@ class ActivationSparsity(InterpCallback):
 
     def _publish(self, trainer: Trainer) -> None:
         if not self.quiet:
-            self.publish(trainer, {"interp/sparsity_mean": self._sparsity})
+            self.publish(trainer, {self.tag("sparsity_mean"): self._sparsity})
 
     # ------------------------------------------------------------------ state
 

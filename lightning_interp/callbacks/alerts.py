@@ -89,6 +89,7 @@ class Alerts(Family):
 
     def _begin(self) -> None:
         self._restored: dict[str, Any] | None = None
+        self._resumed = False
         self._numbers_seen: History | None = None
         self._outlets: Outlets | None = None
         self._times = Timetable()
@@ -133,8 +134,9 @@ class Alerts(Family):
         session.history.note("planned_steps", planned_steps(trainer))
         self.publish(trainer, self._numbers())
         if trainer.is_global_zero:
-            self._outlets = Outlets(session.directory, self.history, self.notify, self.say_once)
             self._written_step = self.step_of(trainer)
+            going_on = self._written_step > 0 and not self._resumed
+            self._outlets = Outlets(session.directory, self.history, self.notify, self.say_once, go_on=going_on)
             if self._written_step == 0:  # after a resume, the counts have been written
                 self.write(trainer, self._counts())
 
@@ -285,6 +287,7 @@ class Alerts(Family):
         try:
             self._book.load_state_dict(state_dict["book"])
             self._restored = state_dict["history"]
+            self._resumed = True
             super().load_state_dict(state_dict["children"])
         except Exception as error:  # Lightning calls this outside the guarded hooks
             self._rest(error, "load_state_dict")

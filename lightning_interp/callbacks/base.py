@@ -25,6 +25,7 @@ from lightning_interp.callbacks.schedule import Schedule
 from lightning_interp.callbacks.session import Session
 from lightning_interp.errors import AlertRaised, ArgumentError, InterpWarning
 from lightning_interp.records import Image, Record, Scalar
+from lightning_interp.rules.history import History
 
 OnError = Literal["warn", "raise"]
 
@@ -171,6 +172,7 @@ class InterpCallback(CallbackBase):
         self._depth = 0
         self._met = False  # whether the ranks have met within the current hook
         self._agreed_to_rest = False
+        self._aside = History()
         self._outbox: list[Record] = []
         self._said: set[str] = set()
 
@@ -189,6 +191,7 @@ class InterpCallback(CallbackBase):
             self.resting = self._agreed_to_rest = False
             self._said.clear()
             self._outbox.clear()
+            self._aside = History()
             self.seconds = 0.0
             Session.begin(trainer, pl_module)
 
@@ -277,6 +280,11 @@ class InterpCallback(CallbackBase):
 
     # ------------------------------------------------------------------ output
 
+    def notebook(self, trainer: Trainer) -> History:
+        """Where numbers for the rules go: the history of the run, or one aside if another of its class has that."""
+        session = Session.of(trainer)
+        return session.history if session.owns_history(self) else self._aside
+
     def write(self, trainer: Trainer, records: Iterable[Record]) -> None:
         """Hands records to the loggers at the end of the current hook, all at once, unless the callback is quiet."""
         if not self.quiet and trainer.is_global_zero:
@@ -324,7 +332,7 @@ class InterpCallback(CallbackBase):
         session = Session.of(trainer)
         if note:
             for layer, value in values.items():
-                session.history.record(quantity, value, step=step, layer=layer)
+                self.notebook(trainer).record(quantity, value, step=step, layer=layer)
         shown = spread(list(values), self.max_layers)
         self.write(
             trainer,
@@ -339,7 +347,7 @@ class InterpCallback(CallbackBase):
     ) -> None:
         """Logs one number for the whole model, as `interp/<quantity>`."""
         if note:
-            Session.of(trainer).history.record(quantity, value, step=step)
+            self.notebook(trainer).record(quantity, value, step=step)
         self.write(trainer, [Scalar(tag=self.tag(quantity), step=step, value=value, unit=unit)])
 
     def log_pictures(self, trainer: Trainer, quantity: str, pictures: Mapping[str, Any], *, step: int) -> None:

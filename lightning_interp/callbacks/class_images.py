@@ -13,7 +13,6 @@ from lightning_interp.callbacks._lightning import LightningModule, Trainer
 from lightning_interp.callbacks._sampled import SampledCallback
 from lightning_interp.callbacks.base import OnError
 from lightning_interp.callbacks.scores import ScoreModel
-from lightning_interp.callbacks.session import Session
 from lightning_interp.errors import ArgumentError
 from lightning_interp.functional.class_images import METHODS, ClassEvidence, Method, class_evidence, maximize_class
 from lightning_interp.render.color import Pixels, denormalise
@@ -149,7 +148,7 @@ class ClassImages(SampledCallback):
         names = [self.class_name(index) for index in chosen]
         numbers = torch.stack(evidence).double().cpu().tolist()
         score, probability, augmented = (dict(zip(names, each, strict=True)) for each in numbers)
-        history = Session.of(trainer).history
+        history = self.notebook(trainer)
         for name, value in augmented.items():
             history.record("class_image_augmented", value, step=step, layer=name)
         self.log_group(trainer, "class_image_probability", probability, step=step)

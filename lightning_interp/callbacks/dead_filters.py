@@ -61,7 +61,7 @@ class DeadFilters(InterpCallback):
         """Checks the options.
 
         Args:
-            split: Forwards to watch: `"train"`, `"val"`, or `"auto"`: validation where there is one.
+            split: Forwards to watch: `"train"`, `"val"`, or `"auto"`: validation if there is one in every epoch.
             window_steps: Longest window of the training split, in optimizer steps.
             dormant_threshold: A unit whose score is at most this is dormant; 0 counts silent units only.
             layers: Names or globs of the layers to report; None reports all that have filters.
@@ -137,7 +137,9 @@ class DeadFilters(InterpCallback):
 
     def _choose_split(self, trainer: Trainer) -> None:
         has_validation = trainer.enable_validation and bool(sum(_finite(n) for n in trainer.num_val_batches))
-        self._use_validation = self.split != "train" and has_validation
+        # A validation in every tenth epoch would tell of deaths ten epochs late.
+        often = trainer.check_val_every_n_epoch in {None, 1}
+        self._use_validation = has_validation and (self.split == "val" or (self.split == "auto" and often))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Opens the reader on batches that can still prove something."""
@@ -280,9 +282,10 @@ class DeadFilters(InterpCallback):
         session = Session.of(trainer)
         news: list[FilterEvent] = []
         for layer, mask in dead.items():
-            session.history.note("num_filters", mask.numel(), layer=layer)
+            self.notebook(trainer).note("num_filters", mask.numel(), layer=layer)
             news += self.lifelines.update(layer, mask.nonzero().flatten().tolist(), step=step, first=first)
-        session.dead = self.dead
+        if session.owns_history(self):
+            session.dead = self.dead
         counts = {layer: float(mask.sum()) for layer, mask in dead.items()}
         self.log_layers(trainer, "dead_filters", counts, step=step)
         self.log_layers(trainer, "dead_fraction", {n: c / dead[n].numel() for n, c in counts.items()}, step=step)
@@ -304,7 +307,7 @@ class DeadFilters(InterpCallback):
         """Present from the start, so that monitoring them never kills a run."""
         if self.quiet:
             return
-        history = Session.of(trainer).history
+        history = self.notebook(trainer)
         dead = [indices for indices in self.dead.values() if indices]
         fractions = [
             len(indices) / max(1.0, history.fact("num_filters", 1.0, layer)) for layer, indices in self.dead.items()
@@ -312,8 +315,8 @@ class DeadFilters(InterpCallback):
         self.publish(
             trainer,
             {
-                "interp/dead_filters": float(sum(map(len, dead))),
-                "interp/dead_fraction_max": max(fractions, default=0.0),
+                self.tag("dead_filters"): float(sum(map(len, dead))),
+                self.tag("dead_fraction_max"): max(fractions, default=0.0),
             },
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_interp._options import check_positive_int
+from lightning_interp._options import check_positive_int, select
 from lightning_interp.callbacks._lightning import LightningModule, Trainer
 from lightning_interp.callbacks._start import StartWeights
 from lightning_interp.callbacks.base import InterpCallback, OnError
@@ -104,9 +105,11 @@ class FilterGrid(InterpCallback):
             self._shown = None
             if self.step_of(trainer) == 0:  # else the same Trainer goes on where its last fit ended
                 self._start = StartWeights()
-            available = _convolutions(pl_module)
-            if available:
-                self.choose_layers(list(available))
+            select("layers", self.layers, [name for name, _ in pl_module.named_modules() if name])
+
+    def _chosen(self, layer: str) -> bool:
+        """A name of another kind of layer is no error: the option may be shared with callbacks that show those."""
+        return self.layers is None or any(fnmatchcase(layer, pattern) for pattern in self.layers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the weights before the first step and shows them; after a resume goes on with those that were kept."""
@@ -114,7 +117,7 @@ class FilterGrid(InterpCallback):
         if not available:
             self.say_once(f"FilterGrid has nothing to show: {type(pl_module).__name__} has no convolution.")
             return
-        self._convolutions = {layer: available[layer] for layer in self.choose_layers(list(available))}
+        self._convolutions = {layer: module for layer, module in available.items() if self._chosen(layer)}
         weights = {layer: _weight(module) for layer, module in self._convolutions.items()}
         step, directory = self.step_of(trainer), Session.of(trainer).directory
         if step == 0:

@@ -27,6 +27,7 @@ class Observer:
         self.model = model
         self.units: dict[str, Unit] = {}
         self._readers: dict[Reader, set[str] | None] = {}
+        self._errors: dict[Reader, Exception] = {}
         self._tracer: ActivationTracer | None = None
 
     @property
@@ -52,9 +53,12 @@ class Observer:
         Raises:
             Exception: What went wrong while reading, since it could not be raised inside the user's forward.
         """
+        own = self._errors.pop(reader, None)
         if self._readers.pop(reader, ...) is ...:
+            if own is not None:
+                raise own
             return
-        error = self._tracer.error if self._tracer is not None else None
+        error = own or (self._tracer.error if self._tracer is not None else None)
         if not self._readers:
             self._stop()
         if error is not None:
@@ -62,6 +66,7 @@ class Observer:
 
     def discard(self, reader: Reader) -> None:
         """Takes a reader off, whatever went wrong while it read."""
+        self._errors.pop(reader, None)
         self._readers.pop(reader, None)
         if not self._readers:
             self._stop()
@@ -69,6 +74,7 @@ class Observer:
     def close(self) -> None:
         """Takes everything off the model. May be called at any time, more than once."""
         self._readers.clear()
+        self._errors.clear()
         self._stop()
 
     def _restart(self) -> None:
@@ -91,5 +97,8 @@ class Observer:
 
     def _dispatch(self, end: End) -> None:
         for reader, units in self._readers.items():
-            if units is None or end.unit in units:
-                reader(end)
+            if (units is None or end.unit in units) and reader not in self._errors:
+                try:
+                    reader(end)
+                except Exception as error:  # its own affair: the other readers go on
+                    self._errors[reader] = error

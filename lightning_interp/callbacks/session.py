@@ -38,6 +38,7 @@ class Session:
         self.directory = log_directory(trainer)
         self.dead: dict[str, list[int]] = {}
         self.said: set[type[Exception]] = set()
+        self._owners: dict[type, object] = {}
         self._last_steps: dict[str, int] = {}
         self._ended = False
         self._closed = False
@@ -67,7 +68,12 @@ class Session:
             session._ended = True
             session._closed |= closed
             session.observer.close()
+            session._owners.clear()
             session.observer = Observer(nn.Identity())  # the model knows the trainer, which must not live for ever
+
+    def owns_history(self, callback: object) -> bool:
+        """Whether a callback writes what the rules read: the first of its class does, or they would read it twice."""
+        return self._owners.setdefault(type(callback), callback) is callback
 
     def write(self, trainer: Any, records: Iterable[Record]) -> None:
         """Hands records to all loggers, on rank zero.

@@ -17,7 +17,6 @@ from lightning_interp.callbacks._prober import Prober, accumulates, is_sharded, 
 from lightning_interp.callbacks._readings import Movement, agree, movement, same_batch
 from lightning_interp.callbacks._updates import parameter_layers
 from lightning_interp.callbacks.base import InterpCallback, OnError
-from lightning_interp.callbacks.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +111,7 @@ class TrainingDynamics(InterpCallback):
             self.say_once("The weights are split over processes: TrainingDynamics measures only the loss there.")
         self._check_layers(pl_module)
         self._reported_at = self.step_of(trainer) - 1
-        Session.of(trainer).history.note("planned_steps", planned_steps(trainer))
+        self.notebook(trainer).note("planned_steps", planned_steps(trainer))
         self._report(trainer)
         self._publish(trainer)
 
@@ -194,7 +193,7 @@ class TrainingDynamics(InterpCallback):
 
     def _report(self, trainer: Trainer) -> None:
         """Fetches what waits on the device, and hands it to the history and to the loggers, each at its own step."""
-        history = Session.of(trainer).history
+        history = self.notebook(trainer)
         for item in self._backlog.take():
             if item.kind == "loss":
                 self._report_loss(trainer, item)
@@ -215,7 +214,7 @@ class TrainingDynamics(InterpCallback):
 
     def _close_step(self, trainer: Trainer) -> None:
         loss, self._partial = sum(self._partial) / len(self._partial), []
-        Session.of(trainer).history.record("loss", loss, step=self._partial_step)
+        self.notebook(trainer).record("loss", loss, step=self._partial_step)
         if not math.isfinite(loss):
             self._note_broken(trainer, None, self._partial_step)
 
@@ -223,7 +222,7 @@ class TrainingDynamics(InterpCallback):
         moved = movement(item.values, item.notes)
         if moved is None:
             return
-        history, step = Session.of(trainer).history, item.step
+        history, step = self.notebook(trainer), item.step
         chosen = [layer for layer in item.notes["trainable"] if layer and self._wants(layer)]
         for layer in chosen:
             history.note("trainable", item.notes["trainable"][layer], layer=layer)
@@ -251,7 +250,7 @@ class TrainingDynamics(InterpCallback):
 
     def _report_losses(self, trainer: Trainer, item: Item) -> None:
         """The same-batch losses, if the one that was followed is the one that was returned."""
-        history, returned = Session.of(trainer).history, item.values["returned"][0]
+        history, returned = self.notebook(trainer), item.values["returned"][0]
         if "classified" in item.values and agree(item.values["classified"][0], returned):
             history.note("num_classes", item.notes["num_classes"])
         losses = same_batch(item.values, exact=item.notes["exact"], resolution=item.notes["resolution"])
@@ -264,7 +263,7 @@ class TrainingDynamics(InterpCallback):
             self.log_number(trainer, "step_ratio", losses.ratio, step=item.step, note=True)
 
     def _note_broken(self, trainer: Trainer, layer: str | None, step: int) -> None:
-        history = Session.of(trainer).history
+        history = self.notebook(trainer)
         if math.isinf(history.fact("non_finite_step", math.inf, layer)):
             history.note("non_finite_step", step, layer=layer)
 

@@ -82,6 +82,9 @@ class Liveness:
         if watch.num_suspects == 0:
             watch.forwards += 1
             return
+        if watch.alive.device != end.tensor.device:  # evidence from before a resume lies on the CPU
+            watch.alive = watch.alive.to(end.tensor.device)
+            watch.suspects = None if watch.suspects is None else watch.suspects.to(end.tensor.device)
         channels = end.layout.channels_first(end.tensor)
         if end.activation not in ops.EXACT_ZERO and channels.shape[0] * channels.shape[2] < 2:
             return  # a single value per channel is constant whatever the filter does
@@ -98,6 +101,9 @@ class Liveness:
         """
         if not self._watches:
             return
+        devices = {watch.alive.device for watch in self._watches.values()}
+        if len(devices) > 1:
+            return  # not all layers have been read since a resume
         first = next(iter(self._watches.values())).alive
         if not first.is_cuda:
             self._set_suspects(list(self._watches), torch.cat([watch.alive for watch in self._watches.values()]))

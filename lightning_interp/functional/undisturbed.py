@@ -48,14 +48,16 @@ def _keep_modules(model: nn.Module) -> Cleanup:
     def put_back() -> None:
         for module, training in modes:
             module.training = training  # not .train(): that would thaw a frozen child
-        for module, name, buffer, value in buffers:
-            # Always: batch normalisation updates its statistics without counting `_version` up. Through `.data`, which
-            # does not count either: autograd may have saved the buffer for a backward to come.
-            buffer.data.copy_(value)
-            module._buffers[name] = buffer
         for parameter, gradient, requires_grad in parameters:
             parameter.grad = gradient
             parameter.requires_grad_(requires_grad)
+        for module, name, buffer, value in buffers:
+            module._buffers[name] = buffer
+            # Always: batch normalisation updates its statistics without counting `_version` up. Through `.data`, which
+            # does not count either: autograd may have saved the buffer for a backward to come. An expanded buffer
+            # can't be written to, by the model as little as by us.
+            if not any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)):
+                buffer.data.copy_(value)
 
     return put_back
 

@@ -14,7 +14,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_interp
-from lightning_interp import ActivationSparsity, Alerts, DeadFilters, FilterGrid, Interp, SaliencyMaps, TrainingDynamics
+from lightning_interp import (
+    ActivationSparsity,
+    Alert,
+    Alerts,
+    DeadFilters,
+    FilterGrid,
+    Interp,
+    SaliencyMaps,
+    TrainingDynamics,
+)
 from lightning_interp.callbacks._family import with_children
 from tests.contract.battery import fit_quietly
 from tests.contract.factories import ALL, CLASSES, WHOLE, often
@@ -533,3 +542,44 @@ def test_interp_holds_all_of_its_parts():
     parts = [type(child) for child in Interp().children]
     assert set(parts) == {DeadFilters, ActivationSparsity, FilterGrid, TrainingDynamics, SaliencyMaps, Alerts}
     assert parts == [type(callback) for callback in lightning_interp.standard_callbacks()]
+
+
+# ---------------------------------------------------------------------- what a second pair of eyes found
+
+
+def test_the_same_trainer_in_a_second_fit_keeps_the_alerts_of_the_first(tmp_path):
+    """A warm-up and a fine-tuning write into one folder."""
+    board = pl.loggers.TensorBoardLogger(tmp_path, version=0)
+    trainer = quiet_trainer(callbacks=[Interp(on_error="raise")], logger=board, max_epochs=1)
+    trainer.fit(Net(), loader(), loader(12, seed=1, shuffle=False))
+    (path,) = tmp_path.rglob("alerts.jsonl")
+    line = Alert(rule="bad_start", severity="warning", message="Kept.").to_json() + "\n"
+    path.write_text(line)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(Net(), loader(), loader(12, seed=1, shuffle=False))
+    assert path.read_text().startswith(line)
+
+
+def test_layers_may_name_what_only_some_callbacks_show():
+    """A convolution and a linear layer: `FilterGrid` shows the one, `DeadFilters` both."""
+    logger = Capture()
+    names = [name for name, module in Net().named_modules() if isinstance(module, nn.Conv2d | nn.Linear)][:3]
+    fit([Interp(layers=[*names, "*"], on_error="raise")], logger=logger, max_epochs=1)
+    assert logger.of_interp()
+
+
+def test_rare_validation_does_not_delay_the_dead_filters():
+    """With a validation in every tenth epoch the training batches are watched."""
+    logger = Capture()
+    fit([DeadFilters(on_error="raise")], logger=logger, max_epochs=2, check_val_every_n_epoch=10)
+    assert len(logger.of_interp()["interp/dead_filters"]) == 3
+
+
+def test_a_second_instance_does_not_write_into_the_history_of_the_first():
+    """The rules would read every number twice."""
+    alone, both = Interp("light", on_error="raise"), Interp("light", on_error="raise")
+    fit([alone], max_epochs=2)
+    fit([both, DeadFilters(split="train", name="second", on_error="raise")], max_epochs=2)
+    series = [interp.alerts.state_dict()["history"]["series"] for interp in (alone, both)]
+    assert [row[0] for row in series[0]] == [row[0] for row in series[1]]
+    assert [len(row[3]) for row in series[0]] == [len(row[3]) for row in series[1]]

@@ -174,3 +174,14 @@ def test_nested_batches_are_copied_to_a_device():
     assert inner.data_ptr() != image.data_ptr()
     assert not inner.is_inference()
     inner.requires_grad_().sum().backward()
+
+
+def test_an_expanded_buffer_does_not_keep_the_rest_from_being_put_back():
+    """It can't be written to; the statistics behind it can, and are."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+    model[0].register_buffer("mean", torch.zeros(1, 2, 1, 1).expand(1, 2, 4, 4))
+    before = model[1].running_mean.clone()
+    with undisturbed(model, training=True):
+        model(torch.randn(4, 1, 4, 4))
+        assert not torch.equal(model[1].running_mean, before)
+    assert torch.equal(model[1].running_mean, before)
