@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -10,6 +11,8 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
 
 from lightning_interp._options import check_choice, check_positive_int, expected
@@ -131,16 +134,18 @@ class OcclusionMaps(SampledCallback):
         scores = model(self.images.clone()).detach()
         targets = choose_targets(scores, self.labels, self.target)
         side = max(1, min(self.images.shape[2:]) // 4)
-        found = occlusion(
-            model,
-            self.images,
-            targets,
-            window=self.window or (side, side),
-            stride=self.stride,
-            baseline=self.baseline,
-            batch_size=self.batch_size,
-            progress=_Forecast(lambda line: self._say(pl_module, line)),
-        )
+        forecast = _Forecast(lambda line: self._say(pl_module, line), bar=not _has_bar(trainer))
+        with contextlib.closing(forecast):
+            found = occlusion(
+                model,
+                self.images,
+                targets,
+                window=self.window or (side, side),
+                stride=self.stride,
+                baseline=self.baseline,
+                batch_size=self.batch_size,
+                progress=forecast,
+            )
         self._log_numbers(trainer, found.drop, step=step)
         self._show(trainer, found, targets, verdicts(scores, self.labels), step=step)
 
@@ -189,26 +194,53 @@ class OcclusionMaps(SampledCallback):
         if line and "forecast" not in self._said:
             self._said.add("forecast")
             log.info(line)
-            if getattr(pl_module.trainer.progress_bar_callback, "is_enabled", False):
+            if _has_bar(pl_module.trainer):
                 pl_module.print(line)
 
 
 class _Forecast:
-    """Says how long a measurement is going to take, if that is long."""
+    """Says how long a measurement is going to take, if that is long, and shows a progress bar where there is room.
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    Args:
+        say: Takes the line.
+        bar: Whether a bar may be shown: not beside Lightning's own, which it would tear.
+    """
+
+    def __init__(self, say: Callable[[str], None], *, bar: bool) -> None:
         self._say = say
+        self._room = bar
+        self._bar: Progress | None = None
         self._started = time.perf_counter()
 
     def __call__(self, done: int, total: int) -> None:
         """Called after each forward."""
         passed = time.perf_counter() - self._started
         expected_time = passed * total / done
-        if passed >= _PATIENCE / 4 and expected_time > _PATIENCE and done < total:
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done)
+        elif passed >= _PATIENCE / 4 and expected_time > _PATIENCE and done < total:
             self._say(
                 f"OcclusionMaps: {total} forwards of single images, about {expected_time:.0f} s each time it is due. "
                 "A larger `stride` or fewer samples make it faster."
             )
+            console = _console()
+            if self._room and console.is_terminal:
+                self._bar = Progress(console=console, transient=True)
+                self._bar.add_task("OcclusionMaps", total=total, completed=done)
+                self._bar.start()
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _has_bar(trainer: Trainer) -> bool:
+    return bool(getattr(trainer.progress_bar_callback, "is_enabled", False))
+
+
+def _console() -> Console:
+    return Console(stderr=True)
 
 
 def _pixels(argument: str, value: int | Sequence[int] | None) -> tuple[int, int] | None:

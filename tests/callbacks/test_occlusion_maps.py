@@ -1,5 +1,6 @@
 """`OcclusionMaps` in a Trainer: what it logs; that it changes nothing, survives, and says what is wrong."""
 
+import io
 import logging
 import time
 
@@ -131,6 +132,27 @@ def test_long_measurement_is_announced_once(caplog, capsys, monkeypatch):
     assert lines[0].startswith("OcclusionMaps: 252 forwards of single images, about ")
     if tuple(map(int, pl.__version__.split(".")[:2])) >= (2, 6):  # older bars print only while they run
         assert lines[0] in capsys.readouterr().out
+
+
+def test_long_measurement_has_a_progress_bar_in_a_terminal(monkeypatch):
+    """Where Lightning shows none of its own; it is taken away at the end."""
+    from rich.console import Console
+
+    from lightning_interp.callbacks import occlusion_maps
+
+    class Slow(Lit):
+        def forward(self, x):
+            time.sleep(0.0 if self.training else 0.05)
+            return super().forward(x)
+
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr(occlusion_maps, "_PATIENCE", 0.3)
+    monkeypatch.setattr(occlusion_maps, "_console", lambda: terminal)
+    fit([occlusions(batch_size=16)], model=Slow(), max_epochs=1, enable_progress_bar=False, limit_val_batches=0)
+    shown = terminal.file.getvalue()
+    assert "OcclusionMaps" in shown
+    assert "100%" in shown
+    assert shown.endswith("\x1b[2K")  # the line is cleared
 
 
 def test_short_measurement_is_not_announced(caplog):
