@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_interp._options import check_numbers, check_positive_int, check_strings
+from lightning_interp._options import check_positive_int
 from lightning_interp.callbacks._lightning import LightningModule, Trainer
-from lightning_interp.callbacks.base import InterpCallback, OnError
+from lightning_interp.callbacks._periodic import PeriodicCallback
+from lightning_interp.callbacks.base import OnError
 from lightning_interp.callbacks.batches import UnreadableError
 from lightning_interp.callbacks.guard import undisturbed
 from lightning_interp.callbacks.samples import FixedSamples, check_samples, keep, read_samples
-from lightning_interp.errors import ArgumentError
-from lightning_interp.records import Image, Scalar
-from lightning_interp.render.color import Pixels
-from lightning_interp.render.strip import FilmStrip
 
 # Samples of up to so many numbers (4 MB in float32) lie in each checkpoint; more are read again after a resume.
 _IN_CHECKPOINT = 1_000_000
 _IMAGE_AXES = 4
-_FRAMES = 15  # and the images themselves: sixteen fill a card four by four
-# Strategies whose modules hold only a part of each weight.
-SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLAFSDP")
 
 
-class SampledCallback(InterpCallback):
-    """Measures on fixed samples: before the first step, when due, and at the end of the training.
+class SampledCallback(PeriodicCallback):
+    """Measures on fixed samples, on rank zero.
 
-    A subclass writes `measure` only. It is called on rank zero, in an eager, undisturbed region with the model in eval
-    mode and gradients recorded; `images`, `labels` and `masks` are copies, made anew for each call. Pictures over time
-    are kept by `show`, and lie in the checkpoint.
+    A subclass writes `measure` only; `images`, `labels` and `masks` are copies, made anew for each call.
 
     Attributes:
         images: (N, ...) on the model's device, as the model receives them; for the time of `measure`.
@@ -76,6 +67,9 @@ class SampledCallback(InterpCallback):
             ArgumentError: If an option is wrong.
         """
         super().__init__(
+            mean=mean,
+            std=std,
+            classes=classes,
             every_n_epochs=every_n_epochs,
             every_n_train_steps=every_n_train_steps,
             layers=layers,
@@ -85,49 +79,19 @@ class SampledCallback(InterpCallback):
         )
         check_positive_int("num_samples", num_samples)
         check_samples("samples", samples)
-        check_strings("classes", classes)
         self.num_samples = num_samples
         self.samples = samples
-        self.mean = check_numbers("mean", mean)
-        self.std = check_numbers("std", std, positive=True)
-        self.classes = None if classes is None else list(classes)
-        self._forget()
 
     def _forget(self) -> None:
+        super()._forget()
         self._fixed: FixedSamples | None = None
-        self._strips: dict[str, FilmStrip] = {}
-        self._shown: int | None = None
         self._waiting = False  # for a delivered batch to take the samples from
         self._delivered = False
         self.images: Tensor = torch.empty(0)
         self.labels: Tensor | None = None
         self.masks: Tensor | None = None
 
-    # ------------------------------------------------------------------ what a subclass writes
-
-    @abstractmethod
-    def measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
-        """Measures and logs.
-
-        Args:
-            trainer: The running trainer.
-            pl_module: The model.
-            step: Step on the axis of `self.log`.
-        """
-
     # ------------------------------------------------------------------ when
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forgets the last run; refuses strategies that spread the weights over ranks."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self._forget()
-            strategy = type(trainer.strategy).__name__
-            if strategy.startswith(SHARDED):
-                raise ArgumentError(
-                    f"{type(self).__name__} runs forwards of its own on one rank, which {strategy} does not allow. "
-                    'Remove it, or train with strategy="ddp".'
-                )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reads the samples and shows the state before the first step."""
@@ -148,8 +112,7 @@ class SampledCallback(InterpCallback):
                 None if labels is None else labels.to(device),
                 None if masks is None else masks.to(device),
             )
-        if self.step_of(trainer) == 0:
-            self._measure_once(trainer, pl_module, step=0)
+        super().on_train_start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Takes the samples out of the first batch where the data set can't be read by index."""
@@ -157,29 +120,11 @@ class SampledCallback(InterpCallback):
             self._waiting = False
             self._fixed = keep(pl_module, batch, self.num_samples)
             self._delivered = True
-            if self.step_of(trainer) == 0:
-                self._measure_once(trainer, pl_module, step=0)
+            self._measure_once("on_train_start", trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Measures after a due step."""
-        step = self.step_of(trainer)
-        updated = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-        if updated and self.step_due(trainer, step):
-            self._measure_once(trainer, pl_module, step=step)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures after a due epoch."""
-        if self.schedule.epoch_due(trainer.current_epoch):
-            self._measure_once(trainer, pl_module, step=max(self.step_of(trainer) - 1, 0))
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures the last state, unless it has been measured."""
-        self._measure_once(trainer, pl_module, step=max(self.step_of(trainer) - 1, 0))
-
-    def _measure_once(self, trainer: Trainer, pl_module: LightningModule, *, step: int) -> None:
-        if self._fixed is None or self._shown == step:
+    def _measure_once(self, hook: str, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = None if self._fixed is None else self.due(hook, trainer)
+        if self._fixed is None or step is None:
             return
         self._shown = step
         try:
@@ -198,37 +143,11 @@ class SampledCallback(InterpCallback):
         self.labels = None if labels is None else labels.clone()
         self.masks = None if masks is None else masks.clone()
 
-    # ------------------------------------------------------------------ output
-
-    def show(self, trainer: Trainer, quantity: str, suffix: str, picture: Pixels, *, step: int) -> None:
-        """Logs a picture as `interp.<quantity>[.<name>]/<suffix>`."""
-        self.write(trainer, [Image(tag=self.group_tag(quantity, suffix), step=step, pixels=picture)])
-
-    def strip(self, key: str) -> FilmStrip:
-        """The film strip of that name; it lies in the checkpoint."""
-        return self._strips.setdefault(key, FilmStrip(_FRAMES))
-
-    def log_group(self, trainer: Trainer, quantity: str, values: Mapping[str, float], *, step: int) -> None:
-        """Logs numbers as `interp.<quantity>[.<name>]/<key>`."""
-        self.write(
-            trainer,
-            [Scalar(tag=self.group_tag(quantity, key), step=step, value=value) for key, value in values.items()],
-        )
-
-    def group_tag(self, quantity: str, suffix: str) -> str:
-        """`interp.<quantity>[.<name>]/<suffix>`."""
-        return f"interp.{quantity}{self._suffix}/{suffix}"
-
-    def class_name(self, index: int) -> str:
-        """Its name, or the index."""
-        named = self.classes is not None and index < len(self.classes)
-        return self.classes[index] if named and self.classes is not None else str(index)
-
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
         """The film strips; the samples, if they are few or can't be read again."""
-        state: dict[str, Any] = {"strips": {key: strip.state_dict() for key, strip in self._strips.items()}}
+        state = super().state_dict()
         if self._fixed is not None and (self._delivered or self._fixed.images.numel() <= _IN_CHECKPOINT):
             state["samples"] = [None if tensor is None else tensor.cpu() for tensor in self._fixed]
             state["delivered"] = self._delivered
@@ -236,8 +155,7 @@ class SampledCallback(InterpCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        for key, state in state_dict.get("strips", {}).items():
-            self.strip(key).load_state_dict(state)
+        super().load_state_dict(state_dict)
         if state_dict.get("samples") is not None:
             self._fixed = FixedSamples(*state_dict["samples"])
             self._delivered = state_dict.get("delivered", False)

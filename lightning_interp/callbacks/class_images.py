@@ -17,7 +17,6 @@ from lightning_interp.errors import ArgumentError
 from lightning_interp.functional.class_images import METHODS, ClassEvidence, Method, class_evidence, maximize_class
 from lightning_interp.render.color import Pixels, denormalise
 from lightning_interp.render.gallery import column, frame_side, gallery, timeline
-from lightning_interp.render.strip import FilmStrip
 
 _FRAMES = 10
 _ALL = "classes"  # the one film strip
@@ -57,6 +56,8 @@ class ClassImages(SampledCallback):
         "cost",
     )
     measures: ClassVar[tuple[str, ...]] = ("class_image_augmented",)
+
+    frames: ClassVar[int] = _FRAMES  # each is a column of all classes
 
     def __init__(  # noqa: PLR0913 - options, by keyword
         self,
@@ -114,10 +115,6 @@ class ClassImages(SampledCallback):
         self.steps = steps
         self.method: Method = method
         self.seed = seed
-
-    def strip(self, key: str) -> FilmStrip:
-        """Ten frames, since each is a column of all classes."""
-        return self._strips.setdefault(key, FilmStrip(_FRAMES))
 
     def measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """Makes the images, judges them, shows both."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lightning_interp._options import check_choice
 from lightning_interp.callbacks._family import Family
 from lightning_interp.callbacks._lightning import LightningModule, Trainer
-from lightning_interp.callbacks._sampled import SHARDED, SampledCallback
+from lightning_interp.callbacks._periodic import SHARDED, PeriodicCallback
 from lightning_interp.callbacks.activation_sparsity import ActivationSparsity
 from lightning_interp.callbacks.alerts import Alerts
 from lightning_interp.callbacks.base import InterpCallback, OnError
@@ -24,7 +24,7 @@ from lightning_interp.rules.alert import Severity
 
 Level = Literal["light", "standard", "full"]
 _Options = dict[str, Any]
-_CALLING = (SampledCallback, TopPatches)
+_CALLING = (PeriodicCallback, TopPatches)
 log = logging.getLogger("lightning_interp")
 
 

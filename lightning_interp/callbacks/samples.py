@@ -87,9 +87,9 @@ class FixedSamples(NamedTuple):
 def read_samples(trainer: Any, model: nn.Module, count: int, samples: Chosen | None = None) -> FixedSamples:
     """`fixed_samples` with the masks of the objects, where the batches hold any."""
     if isinstance(samples, str):
-        return _received(trainer, model, _load(samples), own_reader=False)
+        return received(trainer, model, load(samples), own_reader=False)
     if isinstance(samples, tuple) and isinstance(samples[0], Tensor):
-        return _received(trainer, model, samples, own_reader=False)
+        return received(trainer, model, samples, own_reader=False)
     loader = first_indexable(trainer.val_dataloaders)
     if loader is None:  # not `or`: the truth of a loader is its length, and not all have one
         loader = first_indexable(trainer.train_dataloader)
@@ -100,14 +100,14 @@ def read_samples(trainer: Any, model: nn.Module, count: int, samples: Chosen | N
             "data set for them."
         )
     with generators_kept():
-        twin = _copy(loader.dataset)
-        indices = range(min(count, len(twin))) if samples is None else _checked(samples, len(twin))
+        twin = copy_of(loader.dataset)
+        indices = range(min(count, len(twin))) if samples is None else checked(samples, len(twin))
         collate = getattr(loader, "collate_fn", None) or default_collate
         batch = collate([twin[index] for index in indices])
-    return _received(trainer, model, batch)
+    return received(trainer, model, batch)
 
 
-def _received(trainer: Any, model: nn.Module, batch: Any, *, own_reader: bool = True) -> FixedSamples:
+def received(trainer: Any, model: nn.Module, batch: Any, *, own_reader: bool = True) -> FixedSamples:
     """A batch as the model would receive it: moved, cast, and with the module's own hooks for batches."""
     with undisturbed(model, training=None):
         if own_reader:
@@ -131,14 +131,24 @@ def keep(model: nn.Module, batch: Any, count: int | None = None) -> FixedSamples
     return FixedSamples(images[:count].detach().clone(), *copies[1:])
 
 
-def _checked(samples: Any, size: int) -> list[int]:
+def checked(samples: Any, size: int) -> list[int]:
+    """The indices as a list.
+
+    Raises:
+        ArgumentError: If one is beyond the data set.
+    """
     beyond = [index for index in samples if index >= size]
     if beyond:
         raise expected("samples", f"indices below {size}, the size of the data set", beyond)
     return list(samples)
 
 
-def _load(path: str) -> Any:
+def load(path: str) -> Any:
+    """The batch that a file holds: a tensor, (images, labels) or a dict.
+
+    Raises:
+        ArgumentError: If it can't be read.
+    """
     try:
         batch = torch.load(path, map_location="cpu", weights_only=True)
         images, labels = read_batch(nn.Identity(), batch)
@@ -169,8 +179,8 @@ def _first_loader(loaders: Any) -> DataLoader[Any] | None:
     return loaders if hasattr(loaders, "dataset") else None  # a loader of another library
 
 
-def _copy(dataset: Any) -> Any:
-    """A copy whose reading moves nothing of the original; only what is large, or can't be copied, is shared."""
+def copy_of(dataset: Any) -> Any:
+    """A copy of a data set, whose reading moves nothing of the original; what is large or uncopyable is shared."""
     memo: dict[int, Any] = {}
     _share(dataset, memo, _DEPTH)
     return _twin(dataset, memo, _DEPTH)

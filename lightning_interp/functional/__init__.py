@@ -5,6 +5,7 @@ Each callback is a thin layer over these; all of them can be used without a Trai
 
 from lightning_interp.functional.class_images import class_evidence, maximize_class
 from lightning_interp.functional.dead import dead_filters, dormancy_scores
+from lightning_interp.functional.embeddings import embed
 from lightning_interp.functional.faithfulness import concentration, faithfulness
 from lightning_interp.functional.filters import filter_movement, filter_smoothness, variance_entropy
 from lightning_interp.functional.integrated_gradients import integrated_gradients
@@ -22,6 +23,7 @@ __all__ = [
     "concentration",
     "dead_filters",
     "dormancy_scores",
+    "embed",
     "faithfulness",
     "filter_movement",
     "filter_smoothness",

@@ -1,0 +1,172 @@
+"""Many fixed samples, in parts: the points of an embedding, which would not fit on the device all at once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset, default_collate
+from torch.utils.data._utils.collate import default_convert
+
+from lightning_interp.callbacks.batches import UnreadableError
+from lightning_interp.callbacks.samples import (
+    Chosen,
+    FixedSamples,
+    checked,
+    copy_of,
+    first_indexable,
+    keep,
+    load,
+    received,
+)
+
+# What is read is kept in memory up to so many bytes; more is read again each time, with the user's number of workers.
+_KEPT = 1 << 27
+_BATCH = 64
+_SEED = 0
+
+Split = Literal["val", "train"]
+
+
+class Points:
+    """The samples of a data set that are followed for a whole run.
+
+    They are read by index from a copy of the data set, with the same random numbers each time, so that a random
+    transform gives the same image each time as long as it draws from the generators of torch, numpy or python.
+
+    Attributes:
+        indices: Of the samples in their data set, in the order of the rows.
+        from_training: Whether they are from the training set.
+    """
+
+    def __init__(self, indices: Sequence[int], *, from_training: bool, source: DataLoader[Any] | FixedSamples) -> None:
+        """Reads nothing yet.
+
+        Args:
+            indices: Of the samples.
+            from_training: Whether they are from the training set.
+            source: The loader of the data set, or the samples themselves.
+        """
+        self.indices = list(indices)
+        self.from_training = from_training
+        self._given = source if isinstance(source, FixedSamples) else None
+        self._loader = None if isinstance(source, FixedSamples) else source
+        self._dataset: Any = None if self._loader is None else copy_of(self._loader.dataset)
+        self._kept: dict[tuple[int, ...], list[FixedSamples]] = {}
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, trainer: Any, model: nn.Module, rows: Sequence[int]) -> Iterator[FixedSamples]:
+        """The samples of these rows in their order, in batches on the device, as the model receives them.
+
+        To be called inside `undisturbed`: it seeds the generators, and the model's own hooks for batches run.
+
+        Args:
+            trainer: A Trainer whose loaders are set up.
+            model: The LightningModule.
+            rows: Positions in `indices`.
+
+        Raises:
+            UnreadableError: If a batch holds no images.
+        """
+        key = tuple(rows)
+        if self._given is not None:
+            for part in torch.split(torch.tensor(key), _BATCH):
+                yield received(trainer, model, _part(self._given, part), own_reader=False)
+            return
+        kept = self._kept.get(key)
+        if kept is not None:
+            yield from (_to(batch, trainer.strategy.root_device) for batch in kept)
+            return
+        kept, size = [], 0
+        for raw in self._batches(key):
+            batch = received(trainer, model, raw)
+            size += batch.images.numel() * batch.images.element_size()
+            if size <= _KEPT:
+                kept.append(_to(batch, torch.device("cpu")))
+            yield batch
+        if size <= _KEPT:
+            self._kept[key] = kept
+
+    def _batches(self, rows: tuple[int, ...]) -> Iterator[Any]:
+        """Raw batches of the data set, read as the user's loader does, by a loader of our own."""
+        loader = self._loader
+        torch.manual_seed(_SEED)
+        np.random.seed(_SEED)
+        random.seed(_SEED)
+        collate = getattr(loader, "collate_fn", None) or default_collate
+        workers = getattr(loader, "num_workers", 0)
+        size = getattr(loader, "batch_size", None) or _BATCH
+        yield from DataLoader(
+            Subset(self._dataset, [self.indices[row] for row in rows]),
+            batch_size=size,
+            num_workers=min(workers, -(-len(rows) // size)),
+            collate_fn=default_collate if collate is default_convert else collate,
+            generator=torch.Generator().manual_seed(_SEED),
+            worker_init_fn=getattr(loader, "worker_init_fn", None),
+            multiprocessing_context=getattr(loader, "multiprocessing_context", None) if workers else None,
+        )
+
+
+def choose_points(trainer: Any, count: int, samples: Chosen | None = None, *, split: Split = "val") -> Points:
+    """The points that are followed, spread evenly over their data set: a sorted one holds one class at its head.
+
+    Args:
+        trainer: A Trainer whose loaders are set up.
+        count: Most points where `samples` is None.
+        samples: Indices into the data set; the path of a `.pt` file; (images, labels); None takes `count` of the data
+            set.
+        split: `"val"` takes the validation set, or the training set where that can't be read by index.
+
+    Raises:
+        UnreadableError: If no data set can be read by index.
+        ArgumentError: If an index is beyond the data set, or the file can't be read.
+    """
+    if isinstance(samples, str) or (isinstance(samples, tuple) and isinstance(samples[0], Tensor)):
+        given = keep(nn.Identity(), load(samples) if isinstance(samples, str) else samples)
+        return Points(range(len(given.images)), from_training=False, source=given)
+    loader = first_indexable(trainer.val_dataloaders) if split == "val" else None
+    from_training = loader is None
+    loader = first_indexable(trainer.train_dataloader) if loader is None else loader
+    if loader is None:
+        raise UnreadableError(
+            "Expected a data set that can be read by index (one with `__getitem__` and `__len__`), but got a stream. "
+            "Use a map-style data set, or give the points as tensors: `samples=(images, labels)`."
+        )
+    size = len(loader.dataset)  # type: ignore[arg-type]
+    indices = spread_indices(size, count) if samples is None else checked(samples, size)
+    return Points(indices, from_training=from_training, source=loader)
+
+
+def is_stream(trainer: Any, samples: Chosen | None) -> bool:
+    """Whether points can only be had from what the training delivers; the same on all ranks."""
+    loaders = (trainer.val_dataloaders, trainer.train_dataloader)
+    return samples is None and all(first_indexable(each) is None for each in loaders)
+
+
+def spread_indices(size: int, count: int) -> list[int]:
+    """At most `count` of the indices 0 to `size` - 1, evenly spaced.
+
+    Example:
+        >>> spread_indices(10, 4), spread_indices(3, 4)
+        ([0, 2, 5, 7], [0, 1, 2])
+    """
+    if size <= count:
+        return list(range(size))
+    return [row * size // count for row in range(count)]
+
+
+def _part(samples: FixedSamples, rows: Tensor) -> tuple[Tensor, Tensor] | Tensor:
+    images = samples.images[rows]
+    return images if samples.labels is None else (images, samples.labels[rows])
+
+
+def _to(samples: FixedSamples, device: torch.device) -> FixedSamples:
+    images, labels, masks = samples
+    moved = [None if tensor is None else tensor.to(device) for tensor in (labels, masks)]
+    return FixedSamples(images.to(device, copy=True), *moved)
