@@ -64,13 +64,17 @@ class Embedding(Record):
     """Points for the projector.
 
     Attributes:
-        points: (N, D), float32.
-        labels: N strings.
-        sprites: (N, H, W, 3) uint8 thumbnails, or None.
+        points: (N, D), float32. Zeros, NaN and infinities are allowed.
+        labels: N strings of any kind, or none.
+        columns: Other things to know about the points, to colour and to search by: name to N strings.
+        sprites: (N, H, W, 3) uint8 thumbnails of any size, or None. In TensorBoard's projector those of less than 32
+            pixels are enlarged and those of more than 64 shrunk; so many that they don't fit on a sheet of 4096 pixels
+            are shrunk further: to 32 pixels for 16,384 of them, to 12 for 100,000.
     """
 
     points: NDArray[np.float32]
     labels: list[str] = field(default_factory=list)
+    columns: dict[str, list[str]] = field(default_factory=dict)
     sprites: NDArray[np.uint8] | None = None
 
 

@@ -55,8 +55,8 @@ class Log:
 
 
 def event_files(folder: Path) -> list[Path]:
-    """All event files in a folder and below it."""
-    return sorted(folder.rglob("*tfevents*"))
+    """All event files in a folder and below it, but those by which the projector shows that it has something new."""
+    return sorted(path for path in folder.rglob("*tfevents*") if "projector" not in path.relative_to(folder).parts)
 
 
 def events(folder: Path) -> list[Event]:

@@ -13,7 +13,7 @@ from lightning_interp import sinks
 from lightning_interp.callbacks._lightning import log_directory
 from lightning_interp.callbacks.observer import Observer
 from lightning_interp.functional.ops import OWNERS
-from lightning_interp.records import Record
+from lightning_interp.records import Embedding, Record
 from lightning_interp.rules.history import History
 
 _sessions: WeakKeyDictionary[Any, Session] = WeakKeyDictionary()
@@ -39,7 +39,7 @@ class Session:
         self.dead: dict[str, list[int]] = {}
         self.said: set[type[Exception]] = set()
         self._owners: dict[type, object] = {}
-        self._last_steps: dict[str, int] = {}
+        self._last_steps: dict[tuple[str, bool], int] = {}
         self._ended = False
         self._closed = False
 
@@ -85,8 +85,9 @@ class Session:
             return
         fresh = []
         for record in records:
-            if self._last_steps.get(record.tag, -1) < record.step:
-                self._last_steps[record.tag] = record.step
+            key = (record.tag, isinstance(record, Embedding))  # the projector has tags of its own
+            if self._last_steps.get(key, -1) < record.step:
+                self._last_steps[key] = record.step
                 fresh.append(record)
         sinks.write(trainer.loggers, fresh)
 

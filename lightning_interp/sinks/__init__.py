@@ -2,7 +2,8 @@
 
 `write` is called on rank zero only, while a fit runs; a logger that is written to after `fit` has returned would open
 a second event file. Everything goes through `logger.experiment` and the logger's own methods, never to a writer of our
-own, for the same reason.
+own, for the same reason. Only embeddings are files beside the events, for TensorBoard's projector; other loggers don't
+get them, and neither does a TensorBoardLogger that writes to a remote folder, which is said in a warning.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from lightning_interp.sinks.grouping import by_step
 
 
 def write(logger: Any, records: Sequence[Record]) -> None:
-    """Writes scalars, and pictures in the style of the WandbLogger; other records are left out.
+    """Writes scalars, and pictures in the style of the WandbLogger; histograms, embeddings and text are left out.
 
     Args:
         logger: Any Lightning logger.

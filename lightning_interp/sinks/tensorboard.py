@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,23 +10,27 @@ import numpy as np
 from numpy.typing import NDArray
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from lightning_interp.records import Histogram, Image, Record, Scalar, Text
+from lightning_interp.errors import InterpWarning
+from lightning_interp.records import Embedding, Histogram, Image, Record, Scalar, Text
+from lightning_interp.sinks import projector
 from lightning_interp.sinks.grouping import by_step
 
 _METHODS = ("add_scalar", "add_histogram_raw", "add_image", "add_text", "flush")
 
 
 def write(logger: Any, records: Sequence[Record]) -> None:
-    """Writes scalars, histograms, pictures and text through the logger's own writer.
+    """Writes scalars, histograms, pictures and text through the logger's own writer, embeddings to the projector.
 
-    Embeddings are left out: the projector reads files of its own. A logger without a SummaryWriter is passed over.
+    A logger without a SummaryWriter is passed over.
 
     Args:
         logger: A TensorBoardLogger; its `prefix` is not applied, the tags are a promise.
         records: Any records.
 
     Raises:
-        ValueError: If a histogram has not one edge more than it has counts.
+        ValueError: If a histogram has not one edge more than it has counts, or the labels, columns or thumbnails of an
+            embedding don't fit its points.
+        OSError: If embeddings can't be written; all else has been by then.
     """
     writer = logger.experiment
     if not all(hasattr(writer, method) for method in _METHODS):
@@ -36,6 +41,9 @@ def write(logger: Any, records: Sequence[Record]) -> None:
         _write_other(writer, record)
     if others:
         writer.flush()  # else they may show up two minutes late; scalars come with the flushes of `self.log`
+    embeddings = [record for record in records if isinstance(record, Embedding)]
+    if embeddings:
+        _write_embeddings(writer, str(logger.log_dir), embeddings)
 
 
 def _write_scalars(writer: Any, scalars: Sequence[Scalar]) -> None:
@@ -48,6 +56,20 @@ def _write_scalars(writer: Any, scalars: Sequence[Scalar]) -> None:
         else:
             values = [Summary.Value(tag=record.tag, simple_value=record.value) for record in group]
             file_writer.add_summary(Summary(value=values), step)
+
+
+def _write_embeddings(writer: Any, log_dir: str, embeddings: Sequence[Embedding]) -> None:
+    """Writes beside the events. Not into remote folders: the projector reads raw numbers from local files only."""
+    log_dir = log_dir.removeprefix("file://")
+    if "://" in log_dir:
+        message = f"TensorBoard's projector can't read from {log_dir}, so embeddings are not written for it."
+        warnings.warn(f"{message} Log to a local folder to see them there.", InterpWarning, stacklevel=2)
+        return
+    config = projector.write(log_dir, embeddings)
+    if config is not None and type(writer).__module__.startswith("torch."):
+        # What `add_embedding` of this writer adds to and writes as a whole: without it, the user's next call would
+        # take ours off the list until we write again, and one after a resume would take off the user's own.
+        writer._projector_config = config
 
 
 def _file_writer(writer: Any) -> Any:
