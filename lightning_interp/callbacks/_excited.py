@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DistributedSampler, SequentialSampler
 
 from lightning_interp.callbacks import _ranks
+from lightning_interp.callbacks._followed_sampler import plain_class
 from lightning_interp.callbacks.batches import UnreadableError, read_batch
 from lightning_interp.callbacks.guard import generators_kept
 from lightning_interp.callbacks.samples import first_indexable
@@ -23,11 +24,11 @@ _FIELDS = 3
 def index_of(trainer: Any) -> Callable[[int], int] | None:
     """How the n-th image that this rank validates on is numbered in the data set; None if that can't be known."""
     loader = first_indexable(trainer.val_dataloaders)
-    batches = getattr(loader, "batch_sampler", None)
-    if loader is None or type(batches) is not BatchSampler or batches.sampler is not loader.sampler:
+    batches: Any = getattr(loader, "batch_sampler", None)
+    if loader is None or plain_class(batches) is not BatchSampler or batches.sampler is not loader.sampler:
         return None
     sampler, size = loader.sampler, len(loader.dataset)  # type: ignore[arg-type]
-    if type(sampler) is SequentialSampler:
+    if plain_class(sampler) is SequentialSampler:
         return (lambda n: n) if trainer.world_size == 1 else None
     if isinstance(sampler, DistributedSampler) and not sampler.shuffle and size:
         world, rank = sampler.num_replicas, sampler.rank
