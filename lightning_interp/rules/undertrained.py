@@ -25,6 +25,7 @@ from lightning_interp.rules.learning_rate_too_high import explains_loss
 from lightning_interp.rules.learning_rate_too_low import LearningRateTooLowRule
 from lightning_interp.rules.rule import Key, Rule
 
+_RISING = 0.005  # of the points: less is noise, with the hundreds of points that are usual
 SOURCE = "Power law of learning curves, Hestness et al. 2017, Kaplan et al. 2020; the threshold is a proposal"
 
 
@@ -41,7 +42,9 @@ class UndertrainedRule(Rule):
     too-high rate or deaths (`dead` of a layer) explain a high loss; if the rate is too low, that is given as the
     cause. Without a cross-entropy L0 is the first loss.
 
-    It speaks of the training loss only. A loss that is near zero can't fire: less than `fall` is left.
+    Where the embedding is measured, the alert says too whether the classes were still moving apart (`knn_accuracy` over
+    the last half): evidence, not a condition. Otherwise it speaks of the training loss only. A loss that is near zero
+    can't fire: less than `fall` is left.
 
     Source: learning curves as power laws, Hestness et al. 2017, Kaplan et al. 2020; the threshold is a proposal.
 
@@ -99,6 +102,7 @@ class UndertrainedRule(Rule):
         return forecast(steps, np.array([point.value for point in half]), horizon=self.horizon)
 
     def _alert(self, history: History, seen: Forecast, part: float, reference: float) -> Alert:
+        apart, separation = _separation(history)
         slow = any(alert.severity == "warning" for alert in LearningRateTooLowRule().check(history, ()))
         longer = f"Train about {self.horizon:g} times as long ({self.horizon * steps_done(history):.0f} steps)"
         return Alert(
@@ -109,7 +113,7 @@ class UndertrainedRule(Rule):
             cause="learning rate too low" if slow else "too few steps",
             message=(
                 f"The training loss is {seen.now:.3g} and still falling: in {self.horizon:g} times the steps it would "
-                f"come to about {seen.later:.3g}."
+                f"come to about {seen.later:.3g}.{apart}"
             ),
             advice=(
                 "Raise the learning rate first (see learning_rate_too_low), then train longer if need be."
@@ -122,7 +126,23 @@ class UndertrainedRule(Rule):
                 "reference_loss": reference,
                 "exponent": seen.exponent,
                 "steps": float(steps_done(history)),
+                **separation,
             },
             alternatives=["too few steps"] if slow else ["learning rate too low"],
             source=SOURCE,
         )
+
+
+def _separation(history: History) -> tuple[str, dict[str, float]]:
+    """Whether the classes were moving apart in the embedding over the last half: a sentence and evidence, if known."""
+    half = [p for p in finite_points(history.get("knn_accuracy")) if 2 * (p.step + 1) >= steps_done(history)]
+    if len(half) < 2:
+        return "", {}
+    first, last = half[0].value, half[-1].value
+    evidence = {"knn_accuracy": last, "knn_accuracy_rise": last - first}
+    if last - first < _RISING:
+        return "", evidence
+    return (
+        f" The classes are still moving apart: {first:.1%} of the points lay among their own, now {last:.1%}.",
+        evidence,
+    )

@@ -73,6 +73,29 @@ def test_before_the_end_it_is_information_from_nine_tenths_on():
     assert alert.severity == "info"
 
 
+@pytest.mark.parametrize(
+    ("accuracies", "rise"), [([0.5, 0.6, 0.7, 0.8, 0.85, 0.9], 0.2), ([0.5, 0.6, 0.902, 0.8, 0.9, 0.9], -0.002)]
+)
+def test_it_says_whether_the_classes_are_still_moving_apart(accuracies, rise):
+    """Over the last half of the run; said only where it is more than noise."""
+    history = curve(CUT_SHORT["straight"], 0.0, 0)
+    write(history, "knn_accuracy", accuracies, start=99, every=100)
+    (alert,) = check(UndertrainedRule(), history)
+    assert alert.evidence["knn_accuracy"] == 0.9
+    assert alert.evidence["knn_accuracy_rise"] == pytest.approx(rise)
+    assert ("still moving apart" in alert.message) == (rise > 0.005)
+
+
+@pytest.mark.parametrize("accuracies", [[], [0.9], [0.5, math.nan]])
+def test_a_separation_that_was_not_measured_twice_says_nothing(accuracies):
+    """The alert does not hang on it."""
+    history = curve(CUT_SHORT["straight"], 0.0, 0)
+    write(history, "knn_accuracy", accuracies, start=399, every=100)
+    (alert,) = check(UndertrainedRule(), history)
+    assert not any("knn" in key for key in alert.evidence)
+    assert "apart" not in alert.message
+
+
 def test_an_interrupted_run_is_not_judged():
     assert check(UndertrainedRule(), curve(CUT_SHORT["straight"], 0.0, 0, steps=300, finished=False)) == []
     endless = curve(CUT_SHORT["straight"], 0.0, 0, finished=False, planned=math.inf)
