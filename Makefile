@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=w
 
 .PHONY: demo test test-fast test-gpu test-oldest lint types layers doctest check wheel-test figures layout clean
 
-demo: $(BASE)  ## train the demo's three networks, then say how to look at them
+demo: $(BASE)  ## train the demo's four networks, then say how to look at them
 	$(BIN)/lightning-interp demo
 
 test: $(DEV)  ## all tests, but those that need a GPU

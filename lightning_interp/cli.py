@@ -47,7 +47,7 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,alerts}")
 
-    text = "train a small CNN three times (healthy, learning rate too high, stopped too soon) and show its alerts"
+    text = "train a small CNN four times (once well, three times not) and show the alerts of each run"
     demo = commands.add_parser("demo", help=text, description=f"{text[0].upper()}{text[1:]}.")
     demo.add_argument("--out", type=Path, default=Path("runs"), help="folder for the logs (default: %(default)s)")
     demo.add_argument("--epochs", type=_whole(1), default=30, help="epochs of the longer runs (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""`lightning-interp demo`: one small CNN, trained well, with too high a learning rate, and not for long enough.
+"""`lightning-interp demo`: one small CNN, trained well, too fast, not for long enough, and on labels that are wrong.
 
 The images are the 1,797 handwritten digits (8x8) that scikit-learn ships: nothing is downloaded.
 """
@@ -34,7 +34,10 @@ from lightning_interp.errors import InterpWarning
 from lightning_interp.rules.alert import Alert
 
 MARKER = ".lightning-interp-demo"
-OWN_FILES = (MARKER, "alerts.jsonl", "events.out.tfevents.*", "hparams.yaml", "interp_step0_*.pt")  # all a run writes
+OWN_FILES = (  # all a run writes
+    MARKER, "alerts.jsonl", "events.out.tfevents.*", "hparams.yaml", "interp_step0_*.pt", "suspect_labels.csv",
+    "projector_config.pbtxt", "projector",
+)  # fmt: skip
 TRAIN_IMAGES = 1400
 BATCH_SIZE = 50
 STEPS_PER_EPOCH = TRAIN_IMAGES // BATCH_SIZE
@@ -52,11 +55,13 @@ class Run:
         name: Folder of the run.
         learning_rate: For plain gradient descent.
         shortened: Whether it is stopped after a fifteenth of the epochs.
+        wrong_labels: Share of the training labels that are replaced by another one.
     """
 
     name: str
     learning_rate: float
     shortened: bool = False
+    wrong_labels: float = 0.0
 
     def epochs(self, asked: int) -> int:
         """Epochs of this run, when `asked` are asked for."""
@@ -67,6 +72,7 @@ RUNS = (
     Run("healthy", 0.01),
     Run("learning-rate-too-high", 1.0),
     Run("stopped-too-soon", 0.01, shortened=True),
+    Run("wrong-labels", 0.01, wrong_labels=0.1),
 )
 
 
@@ -131,11 +137,11 @@ class _Ticks(pl.Callback):
 
 
 def run_demo(out: Path, *, epochs: int = 30, seed: int = 0, console: Console | None = None) -> list[Outcome]:
-    """Trains the three runs with `Interp("full")` and prints what it found.
+    """Trains the four runs with `Interp("full")` and prints what it found.
 
     Args:
         out: Folder for the logs, one folder per run; runs of an earlier demo in it are replaced.
-        epochs: Epochs of the two longer runs, at least 1.
+        epochs: Epochs of the longer runs, at least 1.
         seed: Of weights and of the order of the batches; the same seed gives the same numbers.
         console: Where to print; None is standard output.
 
@@ -190,7 +196,7 @@ def train_run(  # noqa: PLR0913 - a script's plumbing
         )
         trainer.fit(
             model,
-            DataLoader(train, batch_size=BATCH_SIZE, shuffle=True, generator=order),
+            DataLoader(mislabeled(train, run.wrong_labels), batch_size=BATCH_SIZE, shuffle=True, generator=order),
             DataLoader(validation, batch_size=len(validation)),
         )
     logs = read_alerts(out / run.name)
@@ -213,6 +219,16 @@ def load_digits() -> tuple[TensorDataset, TensorDataset]:
         TensorDataset(images[:TRAIN_IMAGES], labels[:TRAIN_IMAGES]),
         TensorDataset(images[TRAIN_IMAGES:], labels[TRAIN_IMAGES:]),
     )
+
+
+def mislabeled(data: TensorDataset, share: float) -> TensorDataset:
+    """The same images, with this share of the labels replaced by another one, always the same."""
+    images, labels = data.tensors
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
+    wrong = labels.clone()
+    wrong[chosen] = (labels[chosen] + torch.randint(1, 10, (len(chosen),), generator=generator)) % 10
+    return TensorDataset(images, wrong)
 
 
 def prepare(out: Path) -> None:
@@ -244,7 +260,7 @@ def _foreign(folder: Path) -> Path | None:
     inside = sorted(folder.rglob("*")) if folder.exists() else []
     if inside and folder / MARKER not in inside:
         return folder
-    own = (path.is_file() and not path.is_symlink() and path.parent == folder and _is_own(path.name) for path in inside)
+    own = (not path.is_symlink() and _is_own(path.relative_to(folder).parts[0]) for path in inside)
     return next((path for path, is_own in zip(inside, own, strict=True) if not is_own), None)
 
 

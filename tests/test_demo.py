@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lightning_interp.cli import main
-from lightning_interp.demo import MARKER, RUNS, DigitsNet, load_digits, prepare, run_demo
+from lightning_interp.demo import MARKER, RUNS, DigitsNet, load_digits, mislabeled, prepare, run_demo
 
 NAMES = [run.name for run in RUNS]
 
@@ -51,9 +51,9 @@ def test_network_scores_ten_classes():
 
 
 def test_epochs_of_the_short_run_are_a_fifteenth_but_at_least_one():
-    """`--epochs 1` still trains all three."""
-    assert [run.epochs(30) for run in RUNS] == [30, 30, 2]
-    assert [run.epochs(1) for run in RUNS] == [1, 1, 1]
+    """`--epochs 1` still trains all of them."""
+    assert [run.epochs(30) for run in RUNS] == [30, 30, 2, 30]
+    assert [run.epochs(1) for run in RUNS] == [1, 1, 1, 1]
 
 
 @pytest.fixture(scope="module")
@@ -162,23 +162,35 @@ def test_demo_leaves_the_process_as_it_was(tmp_path, capsys):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_demo_names_each_run_for_what_it_is(tmp_path, capsys, seed):
     """No warning for the healthy run; the others by their rule; the table says what alerts.jsonl says."""
-    healthy, too_high, too_short = run_demo(tmp_path, seed=seed)
+    healthy, too_high, too_short, mislabeled = run_demo(tmp_path, seed=seed)
     printed = capsys.readouterr().out
     assert rules_of(tmp_path / "healthy", "warning", "critical") == set()
     assert "learning_rate_too_high" in rules_of(tmp_path / "learning-rate-too-high", "warning", "critical")
     assert "undertrained" in rules_of(tmp_path / "stopped-too-soon", "warning", "critical")
     assert "undertrained" not in rules_of(tmp_path / "learning-rate-too-high", "warning", "critical")
     assert "learning_rate_too_high" not in rules_of(tmp_path / "stopped-too-soon", "info", "warning", "critical")
+    assert rules_of(tmp_path / "wrong-labels", "warning", "critical") == {"suspect_labels"}
+    assert not any("suspect_labels" in rules_of(tmp_path / name, "warning") for name in NAMES[:3])
     assert healthy.accuracy > 0.9
     assert too_high.accuracy < 0.5
     assert too_short.accuracy < healthy.accuracy
-    for outcome in (healthy, too_high, too_short):
+    for outcome in (healthy, too_high, too_short, mislabeled):
         assert f"{outcome.accuracy:.1%}" in printed
         assert {alert.rule for alert in outcome.alerts} == {a["rule"] for a in alerts_of(tmp_path / outcome.name)}
         for alert in outcome.alerts:
             assert alert.rule in printed
             assert alert.advice
             assert alert.evidence
+
+
+def test_wrong_labels_are_those_of_a_tenth_of_the_images():
+    """Each of them another one than before; the images are the same."""
+    train, _ = load_digits()
+    wrong = mislabeled(train, 0.1)
+    assert torch.equal(wrong.tensors[0], train.tensors[0])
+    assert int((wrong.tensors[1] != train.tensors[1]).sum()) == 140
+    assert torch.equal(mislabeled(train, 0.0).tensors[1], train.tensors[1])
+    assert torch.equal(mislabeled(train, 0.1).tensors[1], wrong.tensors[1])
 
 
 @pytest.mark.slow

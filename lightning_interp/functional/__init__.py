@@ -8,17 +8,27 @@ from lightning_interp.functional.dead import dead_filters, dormancy_scores
 from lightning_interp.functional.embeddings import embed
 from lightning_interp.functional.faithfulness import concentration, faithfulness
 from lightning_interp.functional.filters import filter_movement, filter_smoothness, variance_entropy
+from lightning_interp.functional.influence import (
+    HeadInfluence,
+    head_influence,
+    perturbation_direction,
+    self_influence,
+)
 from lightning_interp.functional.integrated_gradients import integrated_gradients
 from lightning_interp.functional.occlusion import occlusion, occlusion_map
 from lightning_interp.functional.patches import PatchRanking, project_patches, rank_patches
 from lightning_interp.functional.receptive_field import ReceptiveField, receptive_field
 from lightning_interp.functional.saliency import saliency_map, saliency_maps
+from lightning_interp.functional.separation import separation
+from lightning_interp.functional.softmax_head import SoftmaxHead, fit_softmax_head
 from lightning_interp.functional.sparsity import sparsity
 from lightning_interp.functional.updates import step_ratio, update_ratio
 
 __all__ = [
+    "HeadInfluence",
     "PatchRanking",
     "ReceptiveField",
+    "SoftmaxHead",
     "class_evidence",
     "concentration",
     "dead_filters",
@@ -27,15 +37,20 @@ __all__ = [
     "faithfulness",
     "filter_movement",
     "filter_smoothness",
+    "fit_softmax_head",
+    "head_influence",
     "integrated_gradients",
     "maximize_class",
     "occlusion",
     "occlusion_map",
+    "perturbation_direction",
     "project_patches",
     "rank_patches",
     "receptive_field",
     "saliency_map",
     "saliency_maps",
+    "self_influence",
+    "separation",
     "sparsity",
     "step_ratio",
     "update_ratio",
