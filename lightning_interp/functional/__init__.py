@@ -17,9 +17,10 @@ from lightning_interp.functional.influence import (
 from lightning_interp.functional.integrated_gradients import integrated_gradients
 from lightning_interp.functional.occlusion import occlusion, occlusion_map
 from lightning_interp.functional.patches import PatchRanking, project_patches, rank_patches
+from lightning_interp.functional.projection import Projection, displacement, project_pca, project_tsne, project_umap
 from lightning_interp.functional.receptive_field import ReceptiveField, receptive_field
 from lightning_interp.functional.saliency import saliency_map, saliency_maps
-from lightning_interp.functional.separation import separation
+from lightning_interp.functional.separation import neighbor_votes, separation
 from lightning_interp.functional.softmax_head import SoftmaxHead, fit_softmax_head
 from lightning_interp.functional.sparsity import sparsity
 from lightning_interp.functional.updates import step_ratio, update_ratio
@@ -27,11 +28,13 @@ from lightning_interp.functional.updates import step_ratio, update_ratio
 __all__ = [
     "HeadInfluence",
     "PatchRanking",
+    "Projection",
     "ReceptiveField",
     "SoftmaxHead",
     "class_evidence",
     "concentration",
     "dead_filters",
+    "displacement",
     "dormancy_scores",
     "embed",
     "faithfulness",
@@ -41,10 +44,14 @@ __all__ = [
     "head_influence",
     "integrated_gradients",
     "maximize_class",
+    "neighbor_votes",
     "occlusion",
     "occlusion_map",
     "perturbation_direction",
     "project_patches",
+    "project_pca",
+    "project_tsne",
+    "project_umap",
     "rank_patches",
     "receptive_field",
     "saliency_map",
