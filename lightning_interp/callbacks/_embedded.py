@@ -27,6 +27,7 @@ class Embedded(NamedTuple):
         rows: (n, D) float32, the embeddings.
         labels: (n,) int64; -1 where there is none.
         predicted: (n,) int64, the class with the highest score; -1 where the model gives no scores.
+        losses: (n,) float32, cross-entropy of the label in nats; NaN where scores or label are missing.
         thumbnails: (n, C, h, w) float32 of at most 48 pixels a side, as the model receives them; None if not asked for
             or not images.
     """
@@ -34,10 +35,11 @@ class Embedded(NamedTuple):
     rows: Tensor
     labels: Tensor
     predicted: Tensor
+    losses: Tensor
     thumbnails: Tensor | None
 
 
-class _Lenient(ScoreModel):
+class Lenient(ScoreModel):
     """Goes on where the model's output holds no scores: embeddings need none."""
 
     def forward(self, images: Tensor) -> Tensor | None:  # type: ignore[override]
@@ -58,7 +60,7 @@ def find_place(model: nn.Module, points: Points, trainer: Any, layer: str | None
     sample = next(points.read(trainer, model, [0]))
     try:
         with torch.no_grad():
-            return find_embedding(_Lenient(model), _floating(sample.images), layer)
+            return find_embedding(Lenient(model), _floating(sample.images), layer)
     except NoEmbeddingError as error:
         raise UnreadableError(str(error)) from error
 
@@ -71,6 +73,7 @@ def embed_points(  # noqa: PLR0913 - what it takes to run a model
     place: EmbeddingPlace,
     *,
     thumbnails: bool = False,
+    last: bool = True,
 ) -> Embedded:
     """The embeddings of the points on the CPU, the same on all ranks; a collective where there are several.
 
@@ -83,6 +86,7 @@ def embed_points(  # noqa: PLR0913 - what it takes to run a model
         points: Which samples.
         place: From `find_place`.
         thumbnails: Whether to keep small images.
+        last: As in `InterpCallback.meet`.
 
     Raises:
         UnreadableError: If the model can't be called with the images, or its embedding is not one row an image.
@@ -97,17 +101,17 @@ def embed_points(  # noqa: PLR0913 - what it takes to run a model
 
     if callback is None or world == 1:
         return _embed_rows(trainer, model, points, place, rows, thumbnails=thumbnails)
-    values = callback.meet(trainer, prepare)
+    values = callback.meet(trainer, prepare, last=last)
     return packed[0].unpack(_ranks.total(trainer, values), len(points))
 
 
 def _embed_rows(  # noqa: PLR0913
-    trainer: Any, model: nn.Module, points: Points, place: EmbeddingPlace, rows: list[int], *, thumbnails: bool
+    trainer: Any, model: nn.Module, points: Points, place: EmbeddingPlace, mine: list[int], *, thumbnails: bool
 ) -> Embedded:
     parts: list[Embedded] = []
-    scored = _Lenient(model)
+    scored = Lenient(model)
     with torch.no_grad(), embedding_tap(scored, place) as tap:
-        for samples in points.read(trainer, model, rows):
+        for samples in points.read(trainer, model, mine):
             scores = scored(_floating(samples.images))
             try:
                 features = tap.rows(len(samples.images))
@@ -116,16 +120,20 @@ def _embed_rows(  # noqa: PLR0913
             parts.append(_described(samples, features.float().cpu(), scores, thumbnails=thumbnails))
     small = [part.thumbnails for part in parts if part.thumbnails is not None]
     alike = len(small) == len(parts) and len({image.shape[1:] for image in small}) == 1
-    labels, predicted = torch.cat([p.labels for p in parts]), torch.cat([p.predicted for p in parts])
-    return Embedded(torch.cat([p.rows for p in parts]), labels, predicted, torch.cat(small) if alike else None)
+    rows, labels, predicted, losses = (torch.cat(each) for each in zip(*(part[:4] for part in parts), strict=True))
+    return Embedded(rows, labels, predicted, losses, torch.cat(small) if alike else None)
 
 
 def _described(samples: FixedSamples, features: Tensor, scores: Tensor | None, *, thumbnails: bool) -> Embedded:
     unknown = torch.full((len(features),), -1)
     predicted = unknown if scores is None else scores.argmax(dim=1).cpu()
-    labels = unknown if samples.labels is None else _labels(samples.labels, scores)
-    small = _thumbnails(samples.images) if thumbnails else None
-    return Embedded(features, labels.cpu(), predicted, small)
+    labels = unknown if samples.labels is None else _labels(samples.labels, scores).cpu()
+    losses = torch.full((len(features),), torch.nan)
+    if scores is not None:
+        inside = (labels >= 0) & (labels < scores.shape[1])
+        each = F.cross_entropy(scores.cpu(), labels.where(inside, 0), reduction="none").float()
+        losses = torch.where(inside, each, losses)
+    return Embedded(features, labels, predicted, losses, _thumbnails(samples.images) if thumbnails else None)
 
 
 def _labels(labels: Tensor, scores: Tensor | None) -> Tensor:
@@ -165,10 +173,9 @@ class _Packed:
     def spread_over(self, count: int, rows: list[int], *, mine: bool) -> Tensor:
         """(n * columns,) float32, zero in the rows of other ranks."""
         local = self._local
-        columns = [local.rows, local.labels[:, None].float(), local.predicted[:, None].float()]
-        if local.thumbnails is not None:
-            columns.append(local.thumbnails.flatten(1))
-        table = torch.cat(columns, dim=1)
+        columns = [each[:, None].float() for each in (local.labels, local.predicted, local.losses)]
+        images = [] if local.thumbnails is None else [local.thumbnails.flatten(1)]
+        table = torch.cat([*columns, local.rows, *images], dim=1)
         full = torch.zeros(count, table.shape[1])
         if mine:
             full[rows] = table
@@ -176,7 +183,8 @@ class _Packed:
 
     def unpack(self, values: Tensor, count: int) -> Embedded:
         """The inverse, of the sum over ranks."""
-        table, size = values.reshape(count, -1), self._local.rows.shape[1]
-        images = self._local.thumbnails
-        small = None if images is None else table[:, size + 2 :].reshape(count, *images.shape[1:])
-        return Embedded(table[:, :size], table[:, size].long(), table[:, size + 1].long(), small)
+        table, images = values.reshape(count, -1), self._local.thumbnails
+        labels, predicted, losses = table[:, :3].unbind(dim=1)
+        end = 3 + self._local.rows.shape[1]
+        small = None if images is None else table[:, end:].reshape(count, *images.shape[1:])
+        return Embedded(table[:, 3:end], labels.long(), predicted.long(), losses, small)

@@ -79,6 +79,7 @@ class PeriodicCallback(InterpCallback):
         """Begins a run."""
         self._strips: dict[str, FilmStrip] = {}
         self._shown: int | None = None
+        self._measuring: tuple[str, int] | None = None  # hook and step, until it is done
 
     # ------------------------------------------------------------------ what a subclass writes
 
@@ -107,7 +108,7 @@ class PeriodicCallback(InterpCallback):
                 )
 
     def due(self, hook: str, trainer: Trainer) -> int | None:
-        """The step to measure at in this hook, or None; the same on all ranks."""
+        """The step to measure at in this hook, or None; the same on all ranks, also on one that failed measuring."""
         step, after = self.step_of(trainer), None
         if hook == "on_train_start":
             after = 0 if step == 0 else None
@@ -118,7 +119,7 @@ class PeriodicCallback(InterpCallback):
             after = max(step - 1, 0) if self.schedule.epoch_due(trainer.current_epoch) else None
         elif hook == "on_train_end":
             after = max(step - 1, 0)
-        return None if after == self._shown else after
+        return after if after != self._shown or self._measuring == (hook, step) else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shows the state before the first step."""
@@ -142,9 +143,10 @@ class PeriodicCallback(InterpCallback):
         step = self.due(hook, trainer)
         if step is None:
             return
-        self._shown = step
+        self._shown, self._measuring = step, (hook, self.step_of(trainer))
         with undisturbed(pl_module, training=False, gradients=True):
             self.measure(trainer, pl_module, step)
+        self._measuring = None
         self.log_cost(trainer, step=step)
 
     # ------------------------------------------------------------------ output

@@ -56,7 +56,8 @@ class Points:
         self._given = source if isinstance(source, FixedSamples) else None
         self._loader = None if isinstance(source, FixedSamples) else source
         self._dataset: Any = None if self._loader is None else copy_of(self._loader.dataset)
-        self._kept: dict[tuple[int, ...], list[FixedSamples]] = {}
+        self._kept: list[FixedSamples] = []
+        self._places: dict[int, tuple[int, int]] = {}  # row to its place in what is kept: which batch, and where in it
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -74,26 +75,64 @@ class Points:
         Raises:
             UnreadableError: If a batch holds no images.
         """
-        key = tuple(rows)
+        parts = [list(rows[start : start + _BATCH]) for start in range(0, len(rows), _BATCH)]
         if self._given is not None:
-            for part in torch.split(torch.tensor(key), _BATCH):
-                yield received(trainer, model, _part(self._given, part), own_reader=False)
-            return
-        kept = self._kept.get(key)
-        if kept is not None:
-            yield from (_to(batch, trainer.strategy.root_device) for batch in kept)
-            return
-        kept, size = [], 0
-        for raw in self._batches(key):
-            batch = received(trainer, model, raw)
-            size += batch.images.numel() * batch.images.element_size()
-            if size <= _KEPT:
-                kept.append(_to(batch, torch.device("cpu")))
-            yield batch
-        if size <= _KEPT:
-            self._kept[key] = kept
+            for part in parts:
+                yield received(trainer, model, _raw(self._given, part), own_reader=False)
+        elif all(row in self._places for row in rows):
+            for part in parts:
+                yield self._remembered(part, trainer.strategy.root_device)
+        else:
+            yield from self._read_anew(trainer, model, list(rows))
 
-    def _batches(self, rows: tuple[int, ...]) -> Iterator[Any]:
+    def _read_anew(self, trainer: Any, model: nn.Module, rows: list[int]) -> Iterator[FixedSamples]:
+        kept: list[FixedSamples] = []
+        places: dict[int, tuple[int, int]] = {}
+        size = start = 0
+        for raw in self._batches([self.indices[row] for row in rows]):
+            batch = received(trainer, model, raw)
+            size += _bytes(batch)
+            if size <= _KEPT:
+                places.update({rows[start + at]: (len(kept), at) for at in range(len(batch.images))})
+                kept.append(_to(batch, torch.device("cpu")))
+            start += len(batch.images)
+            yield batch
+        if size <= _KEPT and not self._kept and len({batch.images.shape[1:] for batch in kept}) == 1:
+            self._kept, self._places = kept, places
+
+    def _remembered(self, rows: list[int], device: torch.device) -> FixedSamples:
+        """These rows, out of what is kept; images of one call are of one size, as in a batch."""
+        found = [(self._kept[batch], at) for batch, at in (self._places[row] for row in rows)]
+        labels = [batch.labels[at] for batch, at in found if batch.labels is not None]
+        images = torch.stack([batch.images[at] for batch, at in found])
+        return _to(FixedSamples(images, torch.stack(labels) if len(labels) == len(rows) else None, None), device)
+
+    def images_at(self, trainer: Any, model: nn.Module, indices: Sequence[int]) -> list[Tensor]:
+        """Images of the data set, also those that are not among the points, for pictures.
+
+        A random transform may give them otherwise than `read` did, unless they are kept in memory. To be called inside
+        `undisturbed`.
+
+        Args:
+            trainer: A Trainer whose loaders are set up.
+            model: The LightningModule.
+            indices: Into the data set; positions, where the points were given as tensors.
+
+        Returns:
+            (C, H, W) on the CPU, one for each index.
+        """
+        if self._given is not None:
+            return [self._given.images[index].cpu() for index in indices]
+        rows = {index: row for row, index in enumerate(self.indices)}
+        known = {index: self._places[rows[index]] for index in indices if rows.get(index) in self._places}
+        images = {index: self._kept[batch].images[at] for index, (batch, at) in known.items()}
+        missing = [index for index in dict.fromkeys(indices) if index not in images]
+        if missing:
+            found = [image for raw in self._batches(missing) for image in received(trainer, model, raw).images.cpu()]
+            images.update(zip(missing, found, strict=True))
+        return [images[index] for index in indices]
+
+    def _batches(self, indices: list[int]) -> Iterator[Any]:
         """Raw batches of the data set, read as the user's loader does, by a loader of our own."""
         loader = self._loader
         torch.manual_seed(_SEED)
@@ -103,9 +142,9 @@ class Points:
         workers = getattr(loader, "num_workers", 0)
         size = getattr(loader, "batch_size", None) or _BATCH
         yield from DataLoader(
-            Subset(self._dataset, [self.indices[row] for row in rows]),
+            Subset(self._dataset, indices),
             batch_size=size,
-            num_workers=min(workers, -(-len(rows) // size)),
+            num_workers=min(workers, -(-len(indices) // size)),
             collate_fn=default_collate if collate is default_convert else collate,
             generator=torch.Generator().manual_seed(_SEED),
             worker_init_fn=getattr(loader, "worker_init_fn", None),
@@ -113,7 +152,9 @@ class Points:
         )
 
 
-def choose_points(trainer: Any, count: int, samples: Chosen | None = None, *, split: Split = "val") -> Points:
+def choose_points(
+    trainer: Any, count: int, samples: Chosen | None = None, *, split: Split = "val", first: bool = False
+) -> Points:
     """The points that are followed, spread evenly over their data set: a sorted one holds one class at its head.
 
     Args:
@@ -122,6 +163,7 @@ def choose_points(trainer: Any, count: int, samples: Chosen | None = None, *, sp
         samples: Indices into the data set; the path of a `.pt` file; (images, labels); None takes `count` of the data
             set.
         split: `"val"` takes the validation set, or the training set where that can't be read by index.
+        first: Whether to take the first ones instead, as the other callbacks do that show few images.
 
     Raises:
         UnreadableError: If no data set can be read by index.
@@ -139,7 +181,11 @@ def choose_points(trainer: Any, count: int, samples: Chosen | None = None, *, sp
             "Use a map-style data set, or give the points as tensors: `samples=(images, labels)`."
         )
     size = len(loader.dataset)  # type: ignore[arg-type]
-    indices = spread_indices(size, count) if samples is None else checked(samples, size)
+    indices = (
+        (range(min(size, count)) if first else spread_indices(size, count))
+        if samples is None
+        else checked(samples, size)
+    )
     return Points(indices, from_training=from_training, source=loader)
 
 
@@ -161,9 +207,13 @@ def spread_indices(size: int, count: int) -> list[int]:
     return [row * size // count for row in range(count)]
 
 
-def _part(samples: FixedSamples, rows: Tensor) -> tuple[Tensor, Tensor] | Tensor:
+def _raw(samples: FixedSamples, rows: list[int]) -> tuple[Tensor, Tensor] | Tensor:
     images = samples.images[rows]
     return images if samples.labels is None else (images, samples.labels[rows])
+
+
+def _bytes(samples: FixedSamples) -> int:
+    return samples.images.numel() * samples.images.element_size()
 
 
 def _to(samples: FixedSamples, device: torch.device) -> FixedSamples:

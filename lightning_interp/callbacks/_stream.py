@@ -11,6 +11,7 @@ from lightning_interp.callbacks._points import Points
 from lightning_interp.callbacks.samples import FixedSamples, keep
 
 _BYTES = 1 << 26
+_IN_CHECKPOINT = 1 << 22  # bytes; more is collected anew after a resume
 
 
 class StreamedSamples:
@@ -46,7 +47,19 @@ class StreamedSamples:
         if not self._parts:
             return None
         self._missing = 0
-        images, labels = torch.cat([part.images for part in self._parts]), None
+        images, labels = torch.cat([part.images.cpu() for part in self._parts]), None
         if all(part.labels is not None for part in self._parts):
-            labels = torch.cat([part.labels for part in self._parts if part.labels is not None])
+            labels = torch.cat([part.labels.cpu() for part in self._parts if part.labels is not None])
         return Points(range(len(images)), from_training=True, source=FixedSamples(images, labels, None))
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """The samples, if they are few."""
+        if not self._parts or self._bytes > _IN_CHECKPOINT:
+            return None
+        parts = [[None if tensor is None else tensor.cpu() for tensor in part] for part in self._parts]
+        return {"parts": parts, "missing": self._missing, "bytes": self._bytes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self._parts = [FixedSamples(*part) for part in state["parts"]]
+        self._missing, self._bytes = state["missing"], state["bytes"]

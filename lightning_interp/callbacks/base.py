@@ -212,8 +212,13 @@ class InterpCallback(CallbackBase):
         """Whether the ranks meet in this hook; must depend on what is the same on all of them."""
         return False
 
-    def meet(self, trainer: Trainer, prepare: Callable[[], Tensor]) -> Tensor:
+    def meet(self, trainer: Trainer, prepare: Callable[[], Tensor], *, last: bool = True) -> Tensor:
         """Prepares what is to be reduced, and goes on only if all ranks could, with the same number of values.
+
+        Args:
+            trainer: The running trainer.
+            prepare: Gives the values of this rank.
+            last: Whether the ranks meet no more in this hook; else one that fails before the next time tells the others.
 
         Raises:
             Exception: What went wrong here or on another rank: the callback rests on all ranks or on none.
@@ -223,8 +228,9 @@ class InterpCallback(CallbackBase):
             values = prepare()
         except Exception as problem:  # raised again once the ranks know
             error, values = problem, torch.empty(0)
-        self._met = True
+        self._met = last or error is not None
         if not _ranks.agree(trainer, ready=error is None, size=values.numel()):
+            self._met = True
             self._agreed_to_rest = True
             raise error or RuntimeError("another rank failed, or saw other layers than this one")
         return values
