@@ -27,23 +27,26 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+# The projector draws with WebGL, here in software.
 BROWSER_OPTIONS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
+    "--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-quic",
+    "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-FIGURES = {  # name to dashboard and tags
+SOME = "healthy|too-high|too-soon"  # the runs that most pictures show: a fourth would not fit
+FIGURES = {  # name to dashboard, tags and runs
     "timeseries": (
         "timeseries",
         r"^interp/(alerts_(active|critical|warning)|dead_f|sparsity|step_r|update_ratio_median|l)",
+        SOME,
     ),
-    "pictures": (
-        "images",
-        r"filters/00|activation_maps_0/0[12]|images/strip",
-    ),
-    "attribution": ("images", r"saliency/g(rad_cam|uided_backprop)$|occlusion/drop|top_patches/02"),
+    "pictures": ("images", r"filters/00|activation_maps_0/0[12]|images/strip", SOME),
+    "attribution": ("images", r"saliency/g(rad_cam|uided_backprop)$|occlusion/drop|top_patches/02", SOME),
+    "labels": ("images", r"embedding/|influence/[ip]|suspect_labels/images", "wrong-labels"),
 }
 SIZE = (1600, 1300)
-WAIT_S = 60.0
+PROJECTOR_SIZE = (1200, 800)
+PROJECTOR_RUN, PROJECTOR_STEPS = "healthy", 250  # of its t-SNE
+WAIT_S, PATIENT_S = 60.0, 300.0
 MAX_BYTES = 300_000
 
 
@@ -101,12 +104,12 @@ def _address(server: subprocess.Popen[bytes], output: Any) -> str:
     return str(_wait(found, "TensorBoard to start")[1])
 
 
-def _wait(condition: Callable[[], Any], what: str, *, pause: float = 0.1) -> Any:
+def _wait(condition: Callable[[], Any], what: str, *, pause: float = 0.1, patience: float = WAIT_S) -> Any:
     """The first true value of a condition."""
-    deadline = time.monotonic() + WAIT_S
+    deadline = time.monotonic() + patience
     while not (value := condition()):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"Waited {WAIT_S:g} s for {what}.")
+            raise TimeoutError(f"Waited {patience:g} s for {what}.")
         time.sleep(pause)
     return value
 
@@ -151,6 +154,7 @@ def screenshot(  # noqa: PLR0913 - a camera has many knobs
     *,
     dashboard: str = "timeseries",
     tag_filter: str = "",
+    run_filter: str = "",
     size: tuple[int, int] = (1400, 900),
     dark: bool = False,
     prepare: Callable[[Page], None] | None = None,
@@ -163,6 +167,7 @@ def screenshot(  # noqa: PLR0913 - a camera has many knobs
         path: PNG to write, at most 300 kB.
         dashboard: `timeseries`, `scalars`, `images`, `histograms`, `text` or the name of a plugin.
         tag_filter: Regular expression; only tags that match are shown.
+        run_filter: Likewise for runs.
         size: Width and height of the window, in pixels.
         dark: Whether to use the dark theme.
         prepare: What to click before the picture is taken.
@@ -173,7 +178,7 @@ def screenshot(  # noqa: PLR0913 - a camera has many knobs
     page = chromium.new_page(viewport={"width": size[0], "height": size[1]})
     try:
         page.set_default_timeout(1000 * WAIT_S)
-        page.goto(address(url, dashboard, tag_filter, dark=dark))
+        page.goto(address(url, dashboard, tag_filter, run_filter, dark=dark))
         wait_until_drawn(page)
         if prepare is not None:
             prepare(page)
@@ -185,7 +190,61 @@ def screenshot(  # noqa: PLR0913 - a camera has many knobs
     shrink(path)
 
 
-def address(url: str, dashboard: str, tag_filter: str = "", *, dark: bool = False, smoothing: float = 0.0) -> str:
+def projector_screenshot(chromium: Browser, url: str, path: Path, run: str) -> None:
+    """Opens the projector on the newest points of a run, colours them by label, lets its t-SNE run, takes the picture.
+
+    Args:
+        chromium: From `browser`.
+        url: From `tensorboard_server`.
+        path: PNG to write, at most 300 kB.
+        run: Whose points.
+
+    Raises:
+        TimeoutError: If the points don't come.
+    """
+    _wait(lambda: fetch(f"{url}data/plugins_listing")["projector"]["enabled"], "the projector", pause=0.5)
+    page = chromium.new_page(viewport={"width": PROJECTOR_SIZE[0], "height": PROJECTOR_SIZE[1]})
+    try:
+        page.set_default_timeout(1000 * WAIT_S)
+        page.goto(f"{url}#projector")
+
+        def frame() -> Any:
+            page.wait_for_timeout(200)  # lets the page work
+            return next((each for each in page.frames if "projector_binary" in each.url), None)
+
+        inside = _wait(frame, "the frame of the projector")
+        panel, app = inside.locator("vz-projector-data-panel"), inside.locator("vz-projector")
+        panel.evaluate("(panel, run) => { if (panel.selectedRun !== run) panel.selectedRun = run; }", run)
+
+        def placed() -> bool:
+            page.wait_for_timeout(200)
+            return bool(app.evaluate(_PLACED))
+
+        _wait(placed, "the points")
+        panel.evaluate("panel => { panel.selectedColorOptionName = 'label'; }")
+        inside.locator("vz-projector-projections-panel").evaluate("p => p.$$('.ink-tab[data-tab=tsne]').click()")
+
+        def turned() -> bool:
+            page.wait_for_timeout(500)
+            return bool(app.evaluate("app => app.dataSet.tSNEIteration") >= PROJECTOR_STEPS)
+
+        _wait(turned, "the t-SNE of the projector", patience=PATIENT_S)
+        app.evaluate("app => { app.dataSet.tSNEShouldPause = true; }")
+        page.wait_for_timeout(1500)
+        page.screenshot(path=path)
+    finally:
+        page.close()
+    shrink(path)
+
+
+# The points of the projector have places, and their thumbnails are there.
+_PLACED = """app => !!app.dataSet && app.dataSet.points[0].projections['pca-0'] !== undefined
+  && !!app.dataSet.spriteAndMetadataInfo"""
+
+
+def address(  # noqa: PLR0913 - what a link to TensorBoard can hold
+    url: str, dashboard: str, tag_filter: str = "", run_filter: str = "", *, dark: bool = False, smoothing: float = 0.0
+) -> str:
     """Link to a dashboard: Time Series reads the filter from the query, the older ones from behind the hash.
 
     Example:
@@ -193,6 +252,7 @@ def address(url: str, dashboard: str, tag_filter: str = "", *, dark: bool = Fals
         'http://127.0.0.1:6006/?darkMode=false&smoothing=0.0&tagFilter=interp#images&tagFilter=interp'
     """
     chosen = f"&tagFilter={quote(tag_filter)}" if tag_filter else ""
+    chosen += f"&runFilter={quote(run_filter)}&regexInput={quote(run_filter)}" if run_filter else ""
     return f"{url}?darkMode={str(dark).lower()}&smoothing={smoothing}{chosen}#{dashboard}{chosen}"
 
 
@@ -261,7 +321,7 @@ def main(out: Path = Path("docs/figures"), logs: Path | None = None, seed: int =
             train(logs, seed)
         with tensorboard_server(logs) as url, browser() as chromium:
             wait_for_tag(url, "interp")
-            for name, (dashboard, tag_filter) in FIGURES.items():
+            for name, (dashboard, tag_filter, runs) in FIGURES.items():
                 tidy = close_settings if dashboard == "timeseries" else None
                 screenshot(
                     chromium,
@@ -269,9 +329,11 @@ def main(out: Path = Path("docs/figures"), logs: Path | None = None, seed: int =
                     out / f"{name}.png",
                     dashboard=dashboard,
                     tag_filter=tag_filter,
+                    run_filter=runs,
                     size=SIZE,
                     prepare=tidy,
                 )
+            projector_screenshot(chromium, url, out / "projector.png", PROJECTOR_RUN)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from lightning_interp.functional.influence import (
     self_influence,
 )
 from lightning_interp.functional.integrated_gradients import integrated_gradients
+from lightning_interp.functional.mislabeled import knn_disagreement, label_votes, rank_suspects, suspicion
 from lightning_interp.functional.occlusion import occlusion, occlusion_map
 from lightning_interp.functional.patches import PatchRanking, project_patches, rank_patches
 from lightning_interp.functional.projection import Projection, displacement, project_pca, project_tsne, project_umap
@@ -24,6 +25,7 @@ from lightning_interp.functional.separation import neighbor_votes, separation
 from lightning_interp.functional.softmax_head import SoftmaxHead, fit_softmax_head
 from lightning_interp.functional.sparsity import sparsity
 from lightning_interp.functional.updates import step_ratio, update_ratio
+from lightning_interp.functional.wrong_labels import wrong_label_share
 
 __all__ = [
     "HeadInfluence",
@@ -43,6 +45,8 @@ __all__ = [
     "fit_softmax_head",
     "head_influence",
     "integrated_gradients",
+    "knn_disagreement",
+    "label_votes",
     "maximize_class",
     "neighbor_votes",
     "occlusion",
@@ -53,6 +57,7 @@ __all__ = [
     "project_tsne",
     "project_umap",
     "rank_patches",
+    "rank_suspects",
     "receptive_field",
     "saliency_map",
     "saliency_maps",
@@ -60,6 +65,8 @@ __all__ = [
     "separation",
     "sparsity",
     "step_ratio",
+    "suspicion",
     "update_ratio",
     "variance_entropy",
+    "wrong_label_share",
 ]

@@ -13,6 +13,7 @@ from lightning_interp.rules.learning_rate_too_low import LearningRateTooLowRule
 from lightning_interp.rules.noisy_filters import NoisyFiltersRule
 from lightning_interp.rules.non_finite import NonFiniteRule
 from lightning_interp.rules.rule import Rule
+from lightning_interp.rules.suspect_labels import SuspectLabelsRule
 from lightning_interp.rules.undertrained import UndertrainedRule
 from lightning_interp.rules.unlearned_class import UnlearnedClassRule
 from lightning_interp.rules.untrained_layer import UntrainedLayerRule
@@ -33,6 +34,7 @@ __all__ = [
     "Rule",
     "Series",
     "Severity",
+    "SuspectLabelsRule",
     "UndertrainedRule",
     "UnlearnedClassRule",
     "UntrainedLayerRule",
@@ -57,5 +59,6 @@ def default_rules() -> list[Rule]:
         UntrainedLayerRule(),
         NoisyFiltersRule(),
         UnlearnedClassRule(),
+        SuspectLabelsRule(),
         UndertrainedRule(),
     ]

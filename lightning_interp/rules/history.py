@@ -17,6 +17,9 @@ update stands at step 0.
 | `dormant_fraction` | yes | of each window, where nothing is exactly zero |
 | `sparsity` | yes | fraction of exact zeros |
 | `class_image_augmented` | by class | probability of the class for its own image under augmentation |
+| `knn_accuracy` | no | share of the points that lie among their own class in the embedding |
+| `suspect_label_share` | no | estimated share of wrong training labels, in [0, 1]; once an epoch or event |
+| `label_recognition` | no | how well neighbours in the embedding know the labels: 0 at chance, 1 always right |
 | `filter_smoothness`, `filter_entropy`, `filter_movement` | yes | of the weights; the first one is at step 0 |
 
 | fact | per layer | what |
@@ -24,6 +27,8 @@ update stands at step 0.
 | `num_classes` | no | known only if the loss is a cross-entropy: then ln(num_classes) is the loss of a guess |
 | `planned_steps` | no | steps that the run is going to take; infinity if unknown |
 | `input_mean`, `input_std` | no | of the images of the first training batch |
+| `train_samples` | no | images of the training set whose loss is collected, on all ranks |
+| `label_anchors` | no | points on which the newest `suspect_label_share` rests |
 | `non_finite_step` | both | first step at which the loss (no layer), a gradient or a weight was NaN or infinite |
 | `trainable` | yes | 1 if a parameter of the layer has `requires_grad=True`, else 0 |
 | `in_optimizer` | yes | 1 if an optimizer holds a parameter of the layer, else 0 |
