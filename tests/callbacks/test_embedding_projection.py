@@ -257,6 +257,16 @@ def test_few_points_give_a_picture(count, method, tmp_path):
     assert "interp.embedding/net.10" in read(logger).Tags()["images"]
 
 
+def test_more_points_than_t_sne_can_take_are_refused():
+    """At once, or when the points are counted; PCA takes them."""
+    with pytest.raises(ArgumentError, match=r"`max_points` to give at most 10,000 points.*got 10,001"):
+        EmbeddingProjection(method="tsne", max_points=10_001)
+    assert EmbeddingProjection(max_points=10_001).max_points == 10_001
+    images = torch.zeros(10_001, 1, 8, 8)
+    with pytest.raises(ArgumentError, match="`samples` to give at most 10,000 points"):
+        project(EmbeddingProjection(method="tsne", samples=(images, torch.zeros(10_001).long())))
+
+
 def test_diverged_network_gives_empty_maps_and_training_goes_on(tmp_path):
     """All embeddings NaN."""
     net = Net()
