@@ -218,7 +218,7 @@ class InterpCallback(CallbackBase):
         Args:
             trainer: The running trainer.
             prepare: Gives the values of this rank.
-            last: Whether the ranks meet no more in this hook; else one that fails before the next time tells the others.
+            last: Whether the ranks meet no more in this hook; else a rank that fails before the next time says so.
 
         Raises:
             Exception: What went wrong here or on another rank: the callback rests on all ranks or on none.
