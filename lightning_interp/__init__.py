@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from lightning_interp.callbacks.alerts import Alerts
     from lightning_interp.callbacks.class_images import ClassImages
     from lightning_interp.callbacks.dead_filters import DeadFilters
+    from lightning_interp.callbacks.embedding_projection import EmbeddingProjection
     from lightning_interp.callbacks.filter_grid import FilterGrid
+    from lightning_interp.callbacks.influence import Influence
     from lightning_interp.callbacks.interp import Interp, standard_callbacks
     from lightning_interp.callbacks.occlusion_maps import OcclusionMaps
     from lightning_interp.callbacks.saliency_maps import SaliencyMaps
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from lightning_interp.rules.noisy_filters import NoisyFiltersRule
     from lightning_interp.rules.non_finite import NonFiniteRule
     from lightning_interp.rules.rule import Rule
+    from lightning_interp.rules.suspect_labels import SuspectLabelsRule
     from lightning_interp.rules.undertrained import UndertrainedRule
     from lightning_interp.rules.unlearned_class import UnlearnedClassRule
     from lightning_interp.rules.untrained_layer import UntrainedLayerRule
@@ -47,7 +50,9 @@ _HOMES = {
     "DeadFilters": "callbacks.dead_filters",
     "DeadFiltersRule": "rules.dead_filters",
     "DormantUnitsRule": "rules.dormant_units",
+    "EmbeddingProjection": "callbacks.embedding_projection",
     "FilterGrid": "callbacks.filter_grid",
+    "Influence": "callbacks.influence",
     "Interp": "callbacks.interp",
     "InterpWarning": "errors",
     "LearningRateTooHighRule": "rules.learning_rate_too_high",
@@ -57,6 +62,7 @@ _HOMES = {
     "OcclusionMaps": "callbacks.occlusion_maps",
     "Rule": "rules.rule",
     "SaliencyMaps": "callbacks.saliency_maps",
+    "SuspectLabelsRule": "rules.suspect_labels",
     "TopPatches": "callbacks.top_patches",
     "TrainingDynamics": "callbacks.training_dynamics",
     "UndertrainedRule": "rules.undertrained",
@@ -77,7 +83,9 @@ __all__ = [
     "DeadFilters",
     "DeadFiltersRule",
     "DormantUnitsRule",
+    "EmbeddingProjection",
     "FilterGrid",
+    "Influence",
     "Interp",
     "InterpWarning",
     "LearningRateTooHighRule",
@@ -87,6 +95,7 @@ __all__ = [
     "OcclusionMaps",
     "Rule",
     "SaliencyMaps",
+    "SuspectLabelsRule",
     "TopPatches",
     "TrainingDynamics",
     "UndertrainedRule",

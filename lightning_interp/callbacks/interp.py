@@ -15,7 +15,9 @@ from lightning_interp.callbacks.alerts import Alerts
 from lightning_interp.callbacks.base import InterpCallback, OnError
 from lightning_interp.callbacks.class_images import ClassImages
 from lightning_interp.callbacks.dead_filters import DeadFilters
+from lightning_interp.callbacks.embedding_projection import EmbeddingProjection
 from lightning_interp.callbacks.filter_grid import FilterGrid
+from lightning_interp.callbacks.influence import Influence
 from lightning_interp.callbacks.occlusion_maps import OcclusionMaps
 from lightning_interp.callbacks.saliency_maps import SaliencyMaps
 from lightning_interp.callbacks.top_patches import TopPatches
@@ -24,6 +26,7 @@ from lightning_interp.rules.alert import Severity
 
 Level = Literal["light", "standard", "full"]
 _Options = dict[str, Any]
+_SELDOM = 5  # epochs between what costs more than a few images
 _CALLING = (PeriodicCallback, TopPatches)
 log = logging.getLogger("lightning_interp")
 
@@ -47,8 +50,10 @@ def standard_callbacks(  # noqa: PLR0913 - options, by keyword
     | level | what |
     |---|---|
     | `light` | `TrainingDynamics`, `DeadFilters`, `Alerts`: numbers and alerts only |
-    | `standard` | the same, `FilterGrid`, `ActivationSparsity` and `SaliencyMaps`, each with pictures |
-    | `full` | the same with more methods and images, `OcclusionMaps`, `TopPatches`, `ClassImages` (each fifth epoch) |
+    | `standard` | the same, `FilterGrid`, `ActivationSparsity`, `SaliencyMaps`; every fifth epoch |
+    | | `EmbeddingProjection` (PCA of 500 points) |
+    | `full` | the same with more methods and images, `OcclusionMaps`, `TopPatches`; every fifth epoch `ClassImages`, |
+    | | t-SNE at two perplexities, `Influence` |
 
     The options are those of the callbacks, see there.
 
@@ -73,15 +78,21 @@ def _pictures(full: bool, shown: _Options, colours: _Options, sampled: _Options)
         FilterGrid(**shown),
     ]
     if not full:
-        # Two passes over four images; the curves that test the maps cost twenty more.
-        return [*standard, SaliencyMaps(method=["gradient", "grad_cam"], curve_steps=0, **sampled)]
+        return [
+            *standard,
+            # Two passes over four images; the curves that test the maps cost twenty more.
+            SaliencyMaps(method=["gradient", "grad_cam"], curve_steps=0, **sampled),
+            EmbeddingProjection(max_points=500, every_n_epochs=_SELDOM, **sampled),
+        ]
     named = {key: shown[key] for key in ("name", "on_error")}
     return [
         *standard,
         SaliencyMaps(method=["gradient", "guided_backprop", "grad_cam"], **sampled),
         OcclusionMaps(**sampled),
         TopPatches(layers=shown["layers"], **colours, **named),
-        ClassImages(every_n_epochs=5, **sampled),
+        ClassImages(every_n_epochs=_SELDOM, **sampled),
+        EmbeddingProjection(method="tsne", perplexity=[10.0, 40.0], max_points=1000, every_n_epochs=_SELDOM, **sampled),
+        Influence(every_n_epochs=_SELDOM, **sampled),
     ]
 
 

@@ -7,7 +7,9 @@ from lightning_interp import (
     Alerts,
     ClassImages,
     DeadFilters,
+    EmbeddingProjection,
     FilterGrid,
+    Influence,
     Interp,
     OcclusionMaps,
     SaliencyMaps,
@@ -28,6 +30,8 @@ def often():
         OcclusionMaps(window=4, every_n_train_steps=2, on_error="raise"),
         ClassImages(steps=3, num_samples=8, on_error="raise"),
         TopPatches(k=2, filters_per_layer=2, on_error="raise"),
+        EmbeddingProjection(max_points=9, every_n_train_steps=2, on_error="raise"),
+        influence(),
         Alerts(on_error="raise"),
     ]
 
@@ -53,6 +57,13 @@ def saliency():
     )
 
 
+def influence():
+    """Both halves, on few images."""
+    return Influence(
+        num_test=2, num_train=12, top_k=2, neighbors=3, weight_decay=0.1, every_n_train_steps=2, on_error="raise"
+    )
+
+
 SINGLE = {
     "DeadFilters": lambda: [DeadFilters(on_error="raise")],
     "DeadFilters_train": lambda: [DeadFilters(split="train", window_steps=2, on_error="raise")],
@@ -63,6 +74,9 @@ SINGLE = {
     "OcclusionMaps": lambda: [OcclusionMaps(window=4, every_n_train_steps=2, on_error="raise")],
     "ClassImages": lambda: [ClassImages(steps=3, num_samples=8, on_error="raise")],
     "TopPatches": lambda: [TopPatches(k=2, filters_per_layer=2, on_error="raise")],
+    "EmbeddingProjection": lambda: [EmbeddingProjection(max_points=9, every_n_train_steps=2, on_error="raise")],
+    "EmbeddingProjection_tsne": lambda: [EmbeddingProjection(method="tsne", perplexity=[2, 4], on_error="raise")],
+    "Influence": lambda: [influence()],
     "Alerts": lambda: [Alerts(on_error="raise")],
 }
 WHOLE = {
@@ -80,6 +94,8 @@ CLASSES = (
     OcclusionMaps,
     ClassImages,
     TopPatches,
+    EmbeddingProjection,
+    Influence,
     Alerts,
     Interp,
 )
