@@ -9,8 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_interp.callbacks._embedded import Embedded
-from lightning_interp.callbacks._points import Points
-from lightning_interp.callbacks.batches import UnreadableError
 from lightning_interp.functional.influence import HeadInfluence
 from lightning_interp.functional.softmax_head import SoftmaxHead
 from lightning_interp.render.sheets import MAX_SHOWN
@@ -167,19 +165,6 @@ def why_unusable(points: Embedded) -> str:
     if not bool(points.rows.isfinite().all(dim=1).any()):
         return "the embeddings are NaN or infinite; the network has diverged"
     return "the labels are not among the classes that the model has scores for, or the scores are NaN"
-
-
-def check_count(points: Points, embedded: Embedded) -> None:
-    """Refuses a `collate_fn` that drops samples: nobody knows which ones are left.
-
-    Raises:
-        UnreadableError: If there is not one row for each point.
-    """
-    if len(embedded.labels) != len(points):
-        raise UnreadableError(
-            f"Influence asked for {len(points)} samples by their index and got {len(embedded.labels)}. Use a "
-            "collate_fn that neither drops nor adds samples."
-        )
 
 
 def _axes(rows: Tensor, most: int) -> tuple[Tensor | None, float]:

@@ -97,6 +97,11 @@ class Points:
                 kept.append(_to(batch, torch.device("cpu")))
             start += len(batch.images)
             yield batch
+        if start != len(rows):
+            raise UnreadableError(
+                f"Expected the collate_fn of the loader to give {len(rows)} samples for as many indices, but got "
+                f"{start}. Use one that neither drops nor adds samples."
+            )
         if size <= _KEPT and not self._kept and len({batch.images.shape[1:] for batch in kept}) == 1:
             self._kept, self._places = kept, places
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_interp._options import check_number, check_positive_int, expected, select
 from lightning_interp.callbacks._embedded import Embedded, embed_points, find_place
 from lightning_interp.callbacks._influence_output import InfluenceOutput
-from lightning_interp.callbacks._influential import Influential, check_count, usable, why_unusable
+from lightning_interp.callbacks._influential import Influential, usable, why_unusable
 from lightning_interp.callbacks._label_watch import LabelWatch, NoClassesError, no_classes
 from lightning_interp.callbacks._lightning import LightningModule, Trainer
 from lightning_interp.callbacks._periodic import PeriodicCallback
@@ -218,17 +218,24 @@ class Influence(PeriodicCallback):
         """As for all; not before the first step, when nothing has been learned from any image."""
         return None if hook == "on_train_start" else super().due(hook, trainer)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures after a due epoch; else puts the losses of all ranks together: a checkpoint is that of rank zero."""
+        if trainer.world_size > 1 and self.due("on_train_epoch_end", trainer) is None:
+            self._watch.losses.unpack(self.meet(trainer, self._watch.losses.pack), trainer)
+        super().on_train_epoch_end(trainer, pl_module)
+
     def meets(self, hook: str, trainer: Trainer) -> bool:
         """All ranks embed their share, and have seen their share of the samples."""
-        return first_indexable(trainer.train_dataloader) is not None and self.due(hook, trainer) is not None
+        known = first_indexable(trainer.train_dataloader) is not None
+        return known and (hook == "on_train_epoch_end" or self.due(hook, trainer) is not None)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Takes everything off the model and the loader."""
+        """Leaves."""
         self.release()
         super().teardown(trainer, pl_module, stage)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Takes everything off the model and the loader."""
+        """Leaves."""
         self.release()
         super().on_exception(trainer, pl_module, exception)
 
@@ -248,7 +255,6 @@ class Influence(PeriodicCallback):
         test = None if self.quiet else embed_points(self, trainer, pl_module, self._test, self._place)
         if not trainer.is_global_zero:
             return
-        check_count(self._train, train)
         classes = torch.unique(train.labels[usable(train)])
         if len(classes) < 2:
             why = f"they are all of class {int(classes[0])}" if len(classes) else why_unusable(train)
@@ -279,7 +285,6 @@ class Influence(PeriodicCallback):
     def _ask(self, output: InfluenceOutput, train: Embedded, test: Embedded) -> None:
         if self._train is None or self._test is None or self._place is None:
             return
-        check_count(self._test, test)
         if not len(usable(test)):
             self.say_once(f"Influence has nothing to show of the test images: {why_unusable(test)}.")
         else:

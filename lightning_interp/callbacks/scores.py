@@ -183,7 +183,8 @@ def read_targets(labels: Tensor | None, scores: Tensor) -> Tensor | None:
         return scores.detach().masked_fill(~best.to(scores.device), -torch.inf).argmax(dim=1)
     if labels.numel() != len(scores):
         return None
-    targets = labels.reshape(-1).to(scores.device).round().long()
+    flat = labels.reshape(-1).to(scores.device)
+    targets = (flat.round() if flat.is_floating_point() else flat).long()
     return targets if bool(((targets >= 0) & (targets < scores.shape[1])).all()) else None
 
 

@@ -27,6 +27,14 @@ class Failing(Recorded):
         raise OSError("no more room on rank one")
 
 
+class Peek(Recorded):
+    """Notes after each epoch how many samples have been counted: that is what a checkpoint would hold."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        super().on_train_epoch_end(trainer, pl_module)
+        self.counted = [*getattr(self, "counted", []), int(self._watch.losses.means().counts.sum())]
+
+
 def train(folder: Path, callback: Recorded, count: int, epochs: int) -> int:
     """Trains a network that stands still; gives the number of epochs."""
     strategy = DDPStrategy(process_group_backend="gloo")
@@ -39,7 +47,7 @@ def train(folder: Path, callback: Recorded, count: int, epochs: int) -> int:
 
 
 def main(folder: Path) -> None:
-    """Two runs that go well, and one in which a rank fails."""
+    """Runs that go well, and one in which a rank fails."""
     warnings.simplefilter("ignore")
     rank, result = int(os.environ["LOCAL_RANK"]), {}
     for name, count in (("many", 61), ("two", 2)):
@@ -56,6 +64,9 @@ def main(folder: Path) -> None:
         result[name] = {**shown, "counts": counts, "resting": callback.resting}
     failing = Failing(num_train=40, num_test=1, every_n_epochs=1, on_error="warn")
     result["fails"] = {"epochs": train(folder / "fails", failing, 21, 3), "resting": failing.resting}
+    seldom = Peek(num_train=20, num_test=1, every_n_epochs=5)
+    train(folder / "seldom", seldom, 20, 3)
+    result["seldom"] = seldom.counted
     (folder / f"{rank}.json").write_text(json.dumps(result))
 
 

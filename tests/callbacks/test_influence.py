@@ -693,5 +693,6 @@ def test_two_processes_agree_with_one(tmp_path):
         assert sum(two[name]["counts"]) == 2 * (count + count % 2)
         assert other[name]["counts"] == two[name]["counts"]
         assert (other[name]["tags"], other[name]["resting"], two[name]["resting"]) == ([], False, False)
+    assert two["seldom"] == other["seldom"] == [20, 40, 60]
     for found in (two["fails"], other["fails"]):
         assert found == {"resting": True, "epochs": 3}

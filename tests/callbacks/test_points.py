@@ -139,6 +139,17 @@ def test_index_beyond_the_data_set_is_refused():
         look(lambda trainer, _: choose_points(trainer, 100, [3, 12]), val=loader(12, shuffle=False))
 
 
+def test_collate_function_that_drops_samples_is_refused():
+    """Else each image would stand for another one."""
+
+    def drop(batch):
+        return torch.utils.data.default_collate(batch[1:])
+
+    val = DataLoader(Images(12, seed=1), batch_size=4, collate_fn=drop)
+    with pytest.raises(UnreadableError, match="12 samples for as many indices, but got 9"):
+        look(lambda trainer, module: gather(choose_points(trainer, 100), trainer, module), val=val)
+
+
 def test_stream_is_known_and_refused():
     """Unless the points are given."""
     stream = DataLoader(Stream(), batch_size=6)

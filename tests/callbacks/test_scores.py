@@ -67,6 +67,7 @@ def test_output_without_scores_is_refused_with_a_way_out(output, what):
         (torch.tensor([2, 0]), [2, 0]),
         (torch.tensor([[2], [0]]), [2, 0]),
         (torch.tensor([1.0, 0.0]), [1, 0]),
+        (torch.tensor([True, False]), [1, 0]),
         (torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]), [2, 0]),
         (torch.tensor([[0.2, 0.3, 0.5], [0.9, 0.1, 0.0]]), [2, 0]),
         (torch.tensor([[1, 1, 0], [1, 1, 1]]), [1, 2]),  # several: the one with the highest score
