@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from lightning_interp.callbacks import _ranks
 from lightning_interp.callbacks._points import Points
+from lightning_interp.callbacks._rows import Rows
 from lightning_interp.callbacks.base import InterpCallback
 from lightning_interp.callbacks.batches import NoScoresError, UnreadableError
 from lightning_interp.callbacks.samples import FixedSamples
@@ -108,7 +109,7 @@ def embed_points(  # noqa: PLR0913 - what it takes to run a model
 def _embed_rows(  # noqa: PLR0913
     trainer: Any, model: nn.Module, points: Points, place: EmbeddingPlace, mine: list[int], *, thumbnails: bool
 ) -> Embedded:
-    parts: list[Embedded] = []
+    columns = [Rows(len(mine)) for _ in Embedded._fields]
     scored = Lenient(model)
     with torch.no_grad(), embedding_tap(scored, place) as tap:
         for samples in points.read(trainer, model, mine):
@@ -117,11 +118,13 @@ def _embed_rows(  # noqa: PLR0913
                 features = tap.rows(len(samples.images))
             except NoEmbeddingError as error:
                 raise UnreadableError(str(error)) from error
-            parts.append(_described(samples, features.float().cpu(), scores, thumbnails=thumbnails))
-    small = [part.thumbnails for part in parts if part.thumbnails is not None]
-    alike = len(small) == len(parts) and len({image.shape[1:] for image in small}) == 1
-    rows, labels, predicted, losses = (torch.cat(each) for each in zip(*(part[:4] for part in parts), strict=True))
-    return Embedded(rows, labels, predicted, losses, torch.cat(small) if alike else None)
+            found = _described(samples, features.float().cpu(), scores, thumbnails=thumbnails)
+            for column, part in zip(columns, found, strict=True):
+                column.drop() if part is None else column.add(part)
+    rows, labels, predicted, losses, small = (column.whole() for column in columns)
+    if rows is None or labels is None or predicted is None or losses is None:
+        raise UnreadableError("Expected embeddings of one size for all images. Name another layer: `layer=`.")
+    return Embedded(rows, labels, predicted, losses, small)
 
 
 def _described(samples: FixedSamples, features: Tensor, scores: Tensor | None, *, thumbnails: bool) -> Embedded:

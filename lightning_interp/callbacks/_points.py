@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, default_collate
 from torch.utils.data._utils.collate import default_convert
 
+from lightning_interp.callbacks._rows import Rows
 from lightning_interp.callbacks.batches import UnreadableError
 from lightning_interp.callbacks.samples import (
     Chosen,
@@ -56,8 +57,8 @@ class Points:
         self._given = source if isinstance(source, FixedSamples) else None
         self._loader = None if isinstance(source, FixedSamples) else source
         self._dataset: Any = None if self._loader is None else copy_of(self._loader.dataset)
-        self._kept: list[FixedSamples] = []
-        self._places: dict[int, tuple[int, int]] = {}  # row to its place in what is kept: which batch, and where in it
+        self._kept: FixedSamples | None = None
+        self._places: dict[int, int] = {}  # row to its place in what is kept
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -79,22 +80,23 @@ class Points:
         if self._given is not None:
             for part in parts:
                 yield received(trainer, model, _raw(self._given, part), own_reader=False)
-        elif all(row in self._places for row in rows):
+        elif self._kept is not None and all(row in self._places for row in rows):
             for part in parts:
-                yield self._remembered(part, trainer.strategy.root_device)
+                places = [self._places[row] for row in part]
+                yield _to(_chosen(self._kept, places), trainer.strategy.root_device)
         else:
             yield from self._read_anew(trainer, model, list(rows))
 
     def _read_anew(self, trainer: Any, model: nn.Module, rows: list[int]) -> Iterator[FixedSamples]:
-        kept: list[FixedSamples] = []
-        places: dict[int, tuple[int, int]] = {}
-        size = start = 0
+        images, labels, start = Rows(len(rows)), Rows(len(rows)), 0
         for raw in self._batches([self.indices[row] for row in rows]):
             batch = received(trainer, model, raw)
-            size += _bytes(batch)
-            if size <= _KEPT:
-                places.update({rows[start + at]: (len(kept), at) for at in range(len(batch.images))})
-                kept.append(_to(batch, torch.device("cpu")))
+            if self._kept is None and _bytes(batch) * len(rows) <= _KEPT * len(batch.images):
+                images.add(batch.images)
+                if batch.labels is not None:
+                    labels.add(batch.labels)
+            else:
+                images.drop()
             start += len(batch.images)
             yield batch
         if start != len(rows):
@@ -102,15 +104,9 @@ class Points:
                 f"Expected the collate_fn of the loader to give {len(rows)} samples for as many indices, but got "
                 f"{start}. Use one that neither drops nor adds samples."
             )
-        if size <= _KEPT and not self._kept and len({batch.images.shape[1:] for batch in kept}) == 1:
-            self._kept, self._places = kept, places
-
-    def _remembered(self, rows: list[int], device: torch.device) -> FixedSamples:
-        """These rows, out of what is kept; images of one call are of one size, as in a batch."""
-        found = [(self._kept[batch], at) for batch, at in (self._places[row] for row in rows)]
-        labels = [batch.labels[at] for batch, at in found if batch.labels is not None]
-        images = torch.stack([batch.images[at] for batch, at in found])
-        return _to(FixedSamples(images, torch.stack(labels) if len(labels) == len(rows) else None, None), device)
+        kept = images.whole()
+        if kept is not None:
+            self._kept, self._places = FixedSamples(kept, labels.whole(), None), {row: i for i, row in enumerate(rows)}
 
     def images_at(self, trainer: Any, model: nn.Module, indices: Sequence[int]) -> list[Tensor]:
         """Images of the data set, also those that are not among the points, for pictures.
@@ -130,7 +126,7 @@ class Points:
             return [self._given.images[index].cpu() for index in indices]
         rows = {index: row for row, index in enumerate(self.indices)}
         known = {index: self._places[rows[index]] for index in indices if rows.get(index) in self._places}
-        images = {index: self._kept[batch].images[at] for index, (batch, at) in known.items()}
+        images = {} if self._kept is None else {index: self._kept.images[at] for index, at in known.items()}
         missing = [index for index in dict.fromkeys(indices) if index not in images]
         if missing:
             found = [image for raw in self._batches(missing) for image in received(trainer, model, raw).images.cpu()]
@@ -213,8 +209,12 @@ def spread_indices(size: int, count: int) -> list[int]:
 
 
 def _raw(samples: FixedSamples, rows: list[int]) -> tuple[Tensor, Tensor] | Tensor:
-    images = samples.images[rows]
-    return images if samples.labels is None else (images, samples.labels[rows])
+    images, labels, _ = _chosen(samples, rows)
+    return images if labels is None else (images, labels)
+
+
+def _chosen(samples: FixedSamples, rows: list[int]) -> FixedSamples:
+    return FixedSamples(samples.images[rows], None if samples.labels is None else samples.labels[rows], None)
 
 
 def _bytes(samples: FixedSamples) -> int:
