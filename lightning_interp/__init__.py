@@ -29,15 +29,19 @@ if TYPE_CHECKING:
     from lightning_interp.rules.bad_start import BadStartRule
     from lightning_interp.rules.dead_filters import DeadFiltersRule
     from lightning_interp.rules.dormant_units import DormantUnitsRule
+    from lightning_interp.rules.exploding_gradient import ExplodingGradientRule
+    from lightning_interp.rules.gradient_spike import GradientSpikeRule
     from lightning_interp.rules.learning_rate_too_high import LearningRateTooHighRule
     from lightning_interp.rules.learning_rate_too_low import LearningRateTooLowRule
     from lightning_interp.rules.noisy_filters import NoisyFiltersRule
     from lightning_interp.rules.non_finite import NonFiniteRule
+    from lightning_interp.rules.overfitting import OverfittingRule
     from lightning_interp.rules.rule import Rule
     from lightning_interp.rules.suspect_labels import SuspectLabelsRule
     from lightning_interp.rules.undertrained import UndertrainedRule
     from lightning_interp.rules.unlearned_class import UnlearnedClassRule
     from lightning_interp.rules.untrained_layer import UntrainedLayerRule
+    from lightning_interp.rules.vanishing_gradient import VanishingGradientRule
 
 _HOMES = {
     "ActivationSparsity": "callbacks.activation_sparsity",
@@ -51,7 +55,9 @@ _HOMES = {
     "DeadFiltersRule": "rules.dead_filters",
     "DormantUnitsRule": "rules.dormant_units",
     "EmbeddingProjection": "callbacks.embedding_projection",
+    "ExplodingGradientRule": "rules.exploding_gradient",
     "FilterGrid": "callbacks.filter_grid",
+    "GradientSpikeRule": "rules.gradient_spike",
     "Influence": "callbacks.influence",
     "Interp": "callbacks.interp",
     "InterpWarning": "errors",
@@ -60,6 +66,7 @@ _HOMES = {
     "NoisyFiltersRule": "rules.noisy_filters",
     "NonFiniteRule": "rules.non_finite",
     "OcclusionMaps": "callbacks.occlusion_maps",
+    "OverfittingRule": "rules.overfitting",
     "Rule": "rules.rule",
     "SaliencyMaps": "callbacks.saliency_maps",
     "SuspectLabelsRule": "rules.suspect_labels",
@@ -68,6 +75,7 @@ _HOMES = {
     "UndertrainedRule": "rules.undertrained",
     "UnlearnedClassRule": "rules.unlearned_class",
     "UntrainedLayerRule": "rules.untrained_layer",
+    "VanishingGradientRule": "rules.vanishing_gradient",
     "__version__": "_version",
     "standard_callbacks": "callbacks.interp",
 }
@@ -84,7 +92,9 @@ __all__ = [
     "DeadFiltersRule",
     "DormantUnitsRule",
     "EmbeddingProjection",
+    "ExplodingGradientRule",
     "FilterGrid",
+    "GradientSpikeRule",
     "Influence",
     "Interp",
     "InterpWarning",
@@ -93,6 +103,7 @@ __all__ = [
     "NoisyFiltersRule",
     "NonFiniteRule",
     "OcclusionMaps",
+    "OverfittingRule",
     "Rule",
     "SaliencyMaps",
     "SuspectLabelsRule",
@@ -101,6 +112,7 @@ __all__ = [
     "UndertrainedRule",
     "UnlearnedClassRule",
     "UntrainedLayerRule",
+    "VanishingGradientRule",
     "__version__",
     "functional",
     "standard_callbacks",

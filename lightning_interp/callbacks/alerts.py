@@ -15,6 +15,7 @@ from lightning_interp.callbacks._lightning import LightningModule, Trainer, plan
 from lightning_interp.callbacks._measuring import bring_missing, callbacks_of
 from lightning_interp.callbacks._notify import check_urls
 from lightning_interp.callbacks._run_state import adopt, ended_as_planned, fingerprint
+from lightning_interp.callbacks._validation import keep_validation
 from lightning_interp.callbacks.base import OnError
 from lightning_interp.callbacks.session import Session
 from lightning_interp.errors import AlertRaised
@@ -151,7 +152,9 @@ class Alerts(Family):
         self.publish(trainer, self._numbers())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks."""
+        """Keeps what the user logged of the validation, and looks."""
+        # On all ranks: a metric that Lightning still has to reduce would wait for the others.
+        keep_validation(self.notebook(trainer), trainer, step=self.step_of(trainer))
         self._look("on_validation_end", trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -53,7 +53,7 @@ class TrainingDynamics(InterpCallback):
 
     provides: ClassVar[tuple[str, ...]] = ("update_ratio", "gradient_norm", "step_ratio", "learning_rate", "cost")
     measures: ClassVar[tuple[str, ...]] = (
-        "loss", "loss_before", "loss_after", "step_ratio", "learning_rate", "gradient_norm", "update_norm",
+        "loss", "loss_peak", "loss_before", "loss_after", "step_ratio", "learning_rate", "gradient_norm", "update_norm",
         "update_ratio", "num_classes", "planned_steps", "input_mean", "input_std", "non_finite_step", "trainable",
         "in_optimizer",
     )  # fmt: skip
@@ -215,6 +215,7 @@ class TrainingDynamics(InterpCallback):
     def _close_step(self, trainer: Trainer) -> None:
         loss, self._partial = sum(self._partial) / len(self._partial), []
         self.notebook(trainer).record("loss", loss, step=self._partial_step)
+        self.notebook(trainer).record_peak("loss_peak", loss, step=self._partial_step)
         if not math.isfinite(loss):
             self._note_broken(trainer, None, self._partial_step)
 

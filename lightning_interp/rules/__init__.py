@@ -7,16 +7,20 @@ from lightning_interp.rules.bad_start import BadStartRule
 from lightning_interp.rules.book import AlertBook
 from lightning_interp.rules.dead_filters import DeadFiltersRule
 from lightning_interp.rules.dormant_units import DormantUnitsRule
+from lightning_interp.rules.exploding_gradient import ExplodingGradientRule
+from lightning_interp.rules.gradient_spike import GradientSpikeRule
 from lightning_interp.rules.history import History, Point, Series
 from lightning_interp.rules.learning_rate_too_high import LearningRateTooHighRule
 from lightning_interp.rules.learning_rate_too_low import LearningRateTooLowRule
 from lightning_interp.rules.noisy_filters import NoisyFiltersRule
 from lightning_interp.rules.non_finite import NonFiniteRule
+from lightning_interp.rules.overfitting import OverfittingRule
 from lightning_interp.rules.rule import Rule
 from lightning_interp.rules.suspect_labels import SuspectLabelsRule
 from lightning_interp.rules.undertrained import UndertrainedRule
 from lightning_interp.rules.unlearned_class import UnlearnedClassRule
 from lightning_interp.rules.untrained_layer import UntrainedLayerRule
+from lightning_interp.rules.vanishing_gradient import VanishingGradientRule
 
 __all__ = [
     "SEVERITIES",
@@ -25,11 +29,14 @@ __all__ = [
     "BadStartRule",
     "DeadFiltersRule",
     "DormantUnitsRule",
+    "ExplodingGradientRule",
+    "GradientSpikeRule",
     "History",
     "LearningRateTooHighRule",
     "LearningRateTooLowRule",
     "NoisyFiltersRule",
     "NonFiniteRule",
+    "OverfittingRule",
     "Point",
     "Rule",
     "Series",
@@ -38,6 +45,7 @@ __all__ = [
     "UndertrainedRule",
     "UnlearnedClassRule",
     "UntrainedLayerRule",
+    "VanishingGradientRule",
     "default_rules",
 ]
 
@@ -54,11 +62,15 @@ def default_rules() -> list[Rule]:
         BadStartRule(),
         LearningRateTooHighRule(),
         LearningRateTooLowRule(),
+        ExplodingGradientRule(),
+        GradientSpikeRule(),
+        VanishingGradientRule(),
         DeadFiltersRule(),
         DormantUnitsRule(),
         UntrainedLayerRule(),
         NoisyFiltersRule(),
         UnlearnedClassRule(),
+        OverfittingRule(),
         SuspectLabelsRule(),
         UndertrainedRule(),
     ]

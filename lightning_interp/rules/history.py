@@ -8,6 +8,7 @@ update stands at step 0.
 | series | per layer | what |
 |---|---|---|
 | `loss` | no | training loss of each step, as `training_step` returned it |
+| `loss_peak` | no | each loss that is larger than all before it (in `loss`, later ones are averaged) |
 | `loss_before`, `loss_after` | no | loss of one batch before and after the update that it caused (probed steps) |
 | `step_ratio` | no | (loss_before - loss_after) / predicted fall; 1 = as the gradient promised, < 0 = overshoot |
 | `learning_rate` | no | largest rate of all parameter groups |
@@ -16,6 +17,7 @@ update stands at step 0.
 | `dead_fraction`, `dead_filters` | yes | of each window; the first one is the window before the first update |
 | `dormant_fraction` | yes | of each window, where nothing is exactly zero |
 | `sparsity` | yes | fraction of exact zeros |
+| `validation_metric` | by name | what the user logged, as it stood at the end of each validation |
 | `class_image_augmented` | by class | probability of the class for its own image under augmentation |
 | `knn_accuracy` | no | share of the points that lie among their own class in the embedding |
 | `suspect_label_share` | no | estimated share of wrong training labels, in [0, 1]; once an epoch or event |
@@ -28,6 +30,7 @@ update stands at step 0.
 | `planned_steps` | no | steps that the run is going to take; infinity if unknown |
 | `input_mean`, `input_std` | no | of the images of the first training batch |
 | `train_samples` | no | images of the training set whose loss is collected, on all ranks |
+| `validation_samples` | no | samples that one validation looks at, on all ranks, if that is known |
 | `label_anchors` | no | points on which the newest `suspect_label_share` rests |
 | `non_finite_step` | both | first step at which the loss (no layer), a gradient or a weight was NaN or infinite |
 | `trainable` | yes | 1 if a parameter of the layer has `requires_grad=True`, else 0 |
@@ -37,6 +40,7 @@ update stands at step 0.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -135,6 +139,12 @@ class History:
         """Appends one value to a series."""
         self.series.setdefault((quantity, layer), Series()).append(step, float(value))
         self.step = max(self.step, step)
+
+    def record_peak(self, quantity: str, value: float, *, step: int) -> None:
+        """Appends a finite value to a series if it is larger than the last one there."""
+        last = self.get(quantity).last
+        if math.isfinite(value) and (last is None or value > last.value):
+            self.record(quantity, value, step=step)
 
     def note(self, fact: str, value: float, *, layer: str | None = None) -> None:
         """Sets a fact."""

@@ -26,12 +26,14 @@ from lightning_interp.rules._evidence import (
     started_badly,
     steps_done,
 )
+from lightning_interp.rules._spikes import find_spike
 from lightning_interp.rules.alert import Alert, Severity
 from lightning_interp.rules.history import History
 from lightning_interp.rules.rule import Key, Rule
 
 HELD = 0.6  # part of its thresholds under which an alert that is up is taken back: a failing run wavers much
 BEFORE_NAN = 20  # steps before a NaN that are searched for its beginning
+_SPIKE = 2.0  # as in `GradientSpikeRule.factor`
 SOURCE = "Lewkowycz et al. 2020 (catapult), Meltzer et al. 2023 (dead units grow with the rate); thresholds measured"
 
 
@@ -101,7 +103,7 @@ class LearningRateTooHighRule(Rule):
         if jump is None:
             yield from self._collapsed(history, level)
             return
-        loss, reference = recent_loss(history), reference_loss(history)
+        loss, reference = recent_loss(history), _lost_level(history)
         judged = history.finished or steps_done(history) >= self.judge_step + max(0, jump.step - self.early_steps)
         stuck = judged and loss is not None and reference is not None and loss > level * reference
         worst = max(deaths(history), key=lambda death: death.gain, default=Death("", 0.0, 0.0))
@@ -134,6 +136,9 @@ class LearningRateTooHighRule(Rule):
         return jump
 
     def _collapsed(self, history: History, level: float) -> Iterable[Alert]:
+        spike = find_spike(history, _SPIKE)
+        if spike is not None and not spike.rising:
+            return  # one bad batch: `gradient_spike` speaks of it
         guess, loss = guess_loss(history), recent_loss(history)
         lowest = collapsed_to(history, level)
         if guess is None or loss is None or lowest is None or broken_since(history) is not None:
@@ -150,6 +155,15 @@ class LearningRateTooHighRule(Rule):
             alternatives=["a stretch of bad batches", "weights that grow without weight decay"],
             source=SOURCE,
         )
+
+
+def _lost_level(history: History) -> float | None:
+    """The loss that means nothing is learned, at least half of ln C.
+
+    A network that begins with a small one (fine-tuning) has not lost all as soon as the noise of a batch is above that.
+    """
+    reference, guess = reference_loss(history), guess_loss(history)
+    return reference if reference is None or guess is None else max(reference, guess / 2)
 
 
 def explains_loss(history: History) -> bool:

@@ -399,8 +399,11 @@ class TestBringing:
         monkeypatch.undo()
         needs = {quantity for rule in Alerts().rules for quantity in rule.needs}
         measured = frozenset().union(*(measuring.measures(kind) for kind in measuring.measuring_classes()))
-        # Class images are dear: their rule is silent where `ClassImages` is not asked for.
-        assert needs - measured - {"planned_steps"} == {"class_image_augmented"}
+        # Class images are dear, and so is reading images anew: these rules are silent where `ClassImages` and
+        # `Influence` are not asked for.
+        labels = {"suspect_label_share", "label_recognition", "label_anchors", "train_samples"}
+        own = {"planned_steps", "validation_metric", "validation_samples"}  # which `Alerts` records itself
+        assert needs - measured - own == {"class_image_augmented", *labels}
 
 
 class TestResume:

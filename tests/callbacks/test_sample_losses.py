@@ -74,7 +74,7 @@ def test_the_means_are_those_of_a_loop_over_the_samples(namespace, workers):
         {"val_check_interval": 0.5, "val": numbered(6, shuffle=False)},
         {"precision": "64-true"},
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value),  # the same in each process
 )
 def test_the_means_are_right_in_every_loop(options):
     """Each batch counts once."""

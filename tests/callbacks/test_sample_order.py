@@ -126,7 +126,7 @@ def test_the_indices_are_those_of_the_batch(namespace, workers):
         ({"max_steps": 7, "max_epochs": -1}, 7),
         ({"callbacks": (Peek(),)}, 10),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value),  # the same in each process
 )
 def test_the_indices_are_right_in_every_loop(options, batches):
     """Whatever leaves an iterator half-way, makes another one, or reads the loader in between."""
