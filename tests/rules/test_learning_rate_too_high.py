@@ -140,6 +140,30 @@ def test_without_a_cross_entropy_the_first_loss_is_the_measure():
     assert alert.severity == "info"
 
 
+@pytest.mark.parametrize(("end", "severity"), [(0.03, "info"), (0.9, "info"), (1.3, "critical"), (2.3, "critical")])
+def test_a_network_that_begins_with_a_small_loss_has_lost_all_from_half_of_a_guess_on(end, severity):
+    """Fine-tuning: a batch of noise is far above the first loss, and no damage; ln 10 / 2 is 1.15."""
+    losses = [0.02, 0.01, 0.09, 0.05, *[end] * 70]
+    (alert,) = check(LearningRateTooHighRule(), jumped(losses))
+    assert alert.severity == severity
+
+
+def test_one_bad_batch_late_in_a_run_is_left_to_another_rule():
+    """What the loss does after it is the batch's doing; without the batch it is the rate's."""
+    bad = [*falling(150), 400.0, *[2.35] * 60]
+    assert check(LearningRateTooHighRule(), peaked(bad)) == []
+    (alert,) = check(LearningRateTooHighRule(), peaked([*falling(150), *[2.35] * 60]))
+    assert alert.severity == "critical"
+
+
+def peaked(losses):
+    """A run with its record losses."""
+    history = run_of(losses)
+    for step, loss in enumerate(losses):
+        history.record_peak("loss_peak", loss, step=step)
+    return history
+
+
 def test_a_small_loss_that_doubles_is_noise():
     history = run_of([0.01] * 100)
     history.note("num_classes", 10)
