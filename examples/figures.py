@@ -36,12 +36,12 @@ SOME = "healthy|too-high|too-soon"  # the runs that most pictures show: a fourth
 FIGURES = {  # name to dashboard, tags and runs
     "timeseries": (
         "timeseries",
-        r"^interp/(alerts_(active|critical|warning)|dead_f|sparsity|step_r|update_ratio_median|l)",
+        r"^interp/(alerts_(active|critical|warning)|dead_f|sparsity|step_r|update_ratio_median|lo|learning)",
         SOME,
     ),
     "pictures": ("images", r"filters/00|activation_maps_0/0[12]|images/strip", SOME),
     "attribution": ("images", r"saliency/g(rad_cam|uided_backprop)$|occlusion/drop|top_patches/02", SOME),
-    "labels": ("images", r"embedding/|influence/[ip]|suspect_labels/images", "wrong-labels"),
+    "labels": ("images", r"embedding/|influence/images|suspect_labels/images", "wrong-labels"),
 }
 SIZE = (1600, 1300)
 PROJECTOR_SIZE = (1200, 800)

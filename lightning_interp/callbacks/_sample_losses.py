@@ -35,13 +35,13 @@ class SampleLosses:
     What a step does to its images or labels (mixup) is not known here: the loss is that of the label in the batch.
 
     Attributes:
-        reason: Why (some) batches were left out and what to do, in one sentence; None if all were taken.
         size: Samples in the data set; 0 before `open`.
     """
 
     def __init__(self) -> None:
-        self.reason: str | None = None
         self.size = 0
+        self._reason: str | None = None
+        self._silent = False  # a step did not call the head
         self._head: nn.Module | None = None
         self._handle: RemovableHandle | None = None
         self._hook: QuietHook | None = None
@@ -57,6 +57,14 @@ class SampleLosses:
         """A copy, even one made during a batch, is on no model."""
         gone = dict.fromkeys(("_head", "_hook", "_handle", "_labels", "_indices"))
         return {**vars(self), **gone, "_scores": []}
+
+    @property
+    def reason(self) -> str | None:
+        """Why (some) batches were left out and what to do, in one sentence; None if all that called the head count."""
+        heard = self._since is not None or bool(self._merged.counts.any())
+        if self._reason is None and self._silent and not heard:
+            return "no training step called the head as a module; call it, not its weights, in `training_step`"
+        return self._reason
 
     # ------------------------------------------------------------------ the fit
 
@@ -161,7 +169,7 @@ class SampleLosses:
     def _fits(self, scores: list[Any], labels: Tensor) -> bool:
         """Whether there is one table of scores for these labels; says why not."""
         if not scores:
-            self._say("a training step did not call the head as a module; call it, not its weights, in `training_step`")
+            self._silent = True  # it may have been skipped
         elif len(scores) > 1:
             self._say("a training step called the head more than once; which scores belong to the labels is not known")
         elif scores[0] is None or scores[0].ndim != 2 or scores[0].shape[1] < 2 or len(scores[0]) != len(labels):
@@ -176,7 +184,7 @@ class SampleLosses:
         return False
 
     def _say(self, reason: str | None) -> None:
-        self.reason = self.reason or reason
+        self._reason = self._reason or reason
 
     # ------------------------------------------------------------------ results
 

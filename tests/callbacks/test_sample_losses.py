@@ -289,12 +289,12 @@ class Compiled(Net):
     [
         (Twice, "called the head more than once"),
         (Stacked, r"scores \((5|3), classes\) are needed"),
-        (Functional, "did not call the head"),
+        (Functional, "no training step called the head"),
         (Soft, "one integer a sample"),
         (Unlabelled, "hold no labels"),
         (OneScore, "two classes or more"),
         (Compiled, "is compiled"),
-        (Lambda, "did not call the head"),
+        (Lambda, "no training step called the head"),
     ],
 )
 def test_what_can_not_be_collected_is_said(model, reason):
@@ -464,10 +464,10 @@ class Noted(Collector):
         super().__init__("net.10")
 
 
-RECIPES = [
-    Recipe("plain"),
-    Recipe("accumulation", trainer={"accumulate_grad_batches": 2}),
-    Recipe("bf16", trainer={"precision": "bf16-mixed"}),
+RECIPES = [  # with names of their own: the battery remembers the reference of a name
+    Recipe("losses plain"),
+    Recipe("losses accumulation", trainer={"accumulate_grad_batches": 2}),
+    Recipe("losses bf16", trainer={"precision": "bf16-mixed"}),
 ]
 
 

@@ -21,12 +21,14 @@ def test_single_callback_leaves_the_run_bit_identical(name, recipe):
     assert_undisturbed(SINGLE[name], recipe)
 
 
+@pytest.mark.filterwarnings("ignore:Influence can't follow the loss")  # where a step calls the head twice
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_all_callbacks_leave_the_run_bit_identical(recipe):
     """All callbacks, each as often as it can be."""
     assert_undisturbed(WHOLE["often"], recipe)
 
 
+@pytest.mark.filterwarnings("ignore:Influence can't follow the loss")  # where a step calls the head twice
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_interp_leaves_the_run_bit_identical(recipe):
     """The one line that most people use."""

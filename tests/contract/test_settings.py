@@ -19,6 +19,7 @@ from lightning_interp import (
     Alert,
     Alerts,
     DeadFilters,
+    EmbeddingProjection,
     FilterGrid,
     Interp,
     SaliencyMaps,
@@ -28,7 +29,7 @@ from lightning_interp.callbacks._family import with_children
 from tests.contract.battery import fit_quietly
 from tests.contract.factories import ALL, CLASSES, WHOLE, often
 from tests.contract.hooks import assert_nothing_left
-from tests.contract.nets import NAMESPACES, Capture, Images, Net, Stream, kit, loader, pl, quiet_trainer
+from tests.contract.nets import NAMESPACES, Capture, Images, Net, Stream, kit, loader, pl, quiet_trainer, seed_all
 from tests.contract.recipes import TwoOptimizers
 from tests.reading import event_files
 
@@ -541,7 +542,8 @@ def test_alerts_alone_bring_what_their_rules_need():
 def test_interp_holds_all_of_its_parts():
     """Each callback once; the list for those who want to change it is the same."""
     parts = [type(child) for child in Interp().children]
-    assert set(parts) == {DeadFilters, ActivationSparsity, FilterGrid, TrainingDynamics, SaliencyMaps, Alerts}
+    drawing = {ActivationSparsity, FilterGrid, SaliencyMaps, EmbeddingProjection}
+    assert set(parts) == {DeadFilters, TrainingDynamics, Alerts, *drawing}
     assert parts == [type(callback) for callback in lightning_interp.standard_callbacks()]
 
 
@@ -579,7 +581,9 @@ def test_rare_validation_does_not_delay_the_dead_filters():
 def test_a_second_instance_does_not_write_into_the_history_of_the_first():
     """The rules would read every number twice."""
     alone, both = Interp("light", on_error="raise"), Interp("light", on_error="raise")
+    seed_all(0)
     fit([alone], max_epochs=2)
+    seed_all(0)
     fit([both, DeadFilters(split="train", name="second", on_error="raise")], max_epochs=2)
     series = [interp.alerts.state_dict()["history"]["series"] for interp in (alone, both)]
     assert [row[0] for row in series[0]] == [row[0] for row in series[1]]

@@ -1,0 +1,39 @@
+"""Command line: `python -m benchmarks.diagnosis run --out DIR`, then `python -m benchmarks.diagnosis score DIR`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from benchmarks.diagnosis.cells import suite
+from benchmarks.diagnosis.replay import replay
+from benchmarks.diagnosis.runner import read_records, run_all
+from benchmarks.diagnosis.tables import report
+
+
+def main() -> int:
+    """Runs, or scores what has been run; returns 1 if a run failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.diagnosis", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="train what is missing in DIR, then print the tables")
+    run.add_argument("--out", type=Path, required=True, metavar="DIR")
+    run.add_argument("--reduced", action="store_true", help="a few cells: under 5 minutes on one idle core")
+    run.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
+    run.add_argument("--hours", type=float, default=4.0, help="start no further run after so long")
+    for name, text in (
+        ("score", "tables in Markdown"),
+        ("replay", "the same, judged anew by the rules as they are now"),
+    ):
+        commands.add_parser(name, help=text).add_argument("directory", type=Path, metavar="DIR")
+    options = parser.parse_args()
+    if options.command == "run":
+        failed = run_all(suite(reduced=options.reduced), options.out, jobs=options.jobs, hours=options.hours)
+        print(report(read_records(options.out)))
+        return int(failed > 0)
+    records = read_records(options.directory)
+    print(report(replay(records, options.directory) if options.command == "replay" else records))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

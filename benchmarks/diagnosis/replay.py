@@ -1,0 +1,69 @@
+"""Judges finished runs anew, by the rules as they are now, from the numbers that were kept: seconds, not hours."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning_interp.rules import AlertBook, History, Rule, default_rules
+
+HISTORIES = "histories"
+FIRST, EVERY = (20, 60, 100), 50  # when `Alerts` looks
+_KEPT = ("rule", "severity", "status", "layer", "step", "value", "cause", "message", "advice")
+
+
+def write_history(history: dict[str, Any], directory: Path, key: str) -> None:
+    """Keeps the state of a history."""
+    (directory / HISTORIES).mkdir(exist_ok=True)
+    with gzip.open(directory / HISTORIES / f"{key}.json.gz", "wt", compresslevel=4) as file:
+        json.dump(history, file)
+
+
+def read_history(directory: Path, key: str) -> History:
+    """The history of a finished run."""
+    history = History()
+    with gzip.open(directory / HISTORIES / f"{key}.json.gz", "rt") as file:
+        history.load_state_dict(json.load(file))
+    return history
+
+
+def replay(records: Iterable[dict[str, Any]], directory: Path) -> list[dict[str, Any]]:
+    """The records with the alerts that the present default rules would have raised.
+
+    Exact only for what does not depend on facts noted late in the run: these are known from the beginning here.
+    """
+    found = []
+    for record in records:
+        if not record["spec"]["long"]:
+            alerts = judge(read_history(directory, record["key"]), default_rules(), record["steps"])
+            record = {**record, "alerts": alerts}
+        found.append(record)
+    return found
+
+
+def judge(history: History, rules: Sequence[Rule], steps: int) -> list[dict[str, Any]]:
+    """What the rules raise and clear while the run goes on, at the steps at which `Alerts` looks."""
+    book = AlertBook(list(rules))
+    windows = {step for (name, _), s in history.series.items() if name.startswith("dead") for step in s.steps}
+    looks = sorted({*FIRST, *range(FIRST[-1], steps, EVERY), *windows, steps - 1})
+    for step in (look for look in looks if look < steps):
+        book.update(until(history, step, finished=False))
+    book.update(until(history, steps - 1, finished=history.finished))
+    return [{name: asdict(alert)[name] for name in _KEPT} for alert in book.history]
+
+
+def until(history: History, step: int, *, finished: bool) -> History:
+    """What was known at a step."""
+    known = History(facts=dict(history.facts), step=step, finished=finished)
+    if history.fact("non_finite_step", -1.0) > step:
+        known.facts = {key: value for key, value in known.facts.items() if key[0] != "non_finite_step"}
+    for (name, layer), series in history.series.items():
+        for at, value in zip(series.steps, series.values, strict=True):
+            if at <= step:
+                known.record(name, value, step=at, layer=layer)
+    known.step = step
+    return known

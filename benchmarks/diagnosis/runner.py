@@ -1,0 +1,124 @@
+"""Runs what is missing, in processes of one thread each; every finished run is one line of JSON at once."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from benchmarks.diagnosis.replay import write_history
+from benchmarks.diagnosis.spec import Spec
+
+RECORDS = "runs.jsonl"
+Record = dict[str, Any]
+
+
+def read_records(directory: Path) -> list[Record]:
+    """What has been run. A last line that was cut off by an interrupt is left out, and its run is done again."""
+    path = directory / RECORDS
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def missing(specs: Sequence[Spec], directory: Path) -> list[Spec]:
+    """The runs that have no line yet, in order."""
+    done = {record["key"] for record in read_records(directory)}
+    return [spec for spec in specs if spec.key not in done]
+
+
+def run_all(
+    specs: Sequence[Spec],
+    directory: Path,
+    *,
+    jobs: int = 2,
+    hours: float = 4.0,
+    train: Callable[[Spec], Record] | None = None,
+) -> int:
+    """Runs what is missing and returns how many runs failed; those are tried again the next time.
+
+    Args:
+        specs: The suite.
+        directory: Gets `runs.jsonl` and `histories/`.
+        jobs: Processes; 0 runs in this one.
+        hours: No run is started later than this.
+        train: From a specification to its record; by default `train.run`.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    _end_last_line(directory / RECORDS)
+    end = time.monotonic() + 3600 * hours
+    todo, failures = missing(specs, directory), 0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *times) as progress:
+        task = progress.add_task("runs", total=len(specs), completed=len(specs) - len(todo))
+        for spec, outcome in _outcomes(todo, train or _train, jobs, end):
+            if isinstance(outcome, Exception):
+                failures += 1
+                print(f"failed: {spec.name}: {type(outcome).__name__}: {outcome}", file=sys.stderr)
+            else:
+                _keep(outcome, directory)
+            progress.update(task, advance=1, description=spec.name)
+    return failures
+
+
+def _outcomes(todo: list[Spec], train: Callable[[Spec], Record], jobs: int, end: float) -> Any:
+    """Pairs of a specification and its record, or the exception, as they come; at most `jobs` are ever under way."""
+    if jobs == 0:
+        for spec in todo:
+            if time.monotonic() > end:
+                return
+            yield spec, _attempt(train, spec)
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by the children when they import torch
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        waiting = iter(todo)
+        running: dict[Future[Record], Spec] = {}
+        while True:
+            while len(running) < jobs and time.monotonic() < end and (following := next(waiting, None)) is not None:
+                running[pool.submit(train, following)] = following
+            if not running:
+                return
+            finished: set[Future[Record]] = wait(running, return_when=FIRST_COMPLETED).done
+            for future in finished:
+                yield running.pop(future), future.exception() or future.result()
+
+
+def _attempt(train: Callable[[Spec], Record], spec: Spec) -> Record | Exception:
+    try:
+        return train(spec)
+    except Exception as error:
+        return error
+
+
+def _train(spec: Spec) -> Record:
+    from benchmarks.diagnosis.train import run  # imported in the process that trains
+
+    return run(spec)
+
+
+def _keep(record: Record, directory: Path) -> None:
+    """The history goes to a file of its own: it is large, and only `replay` needs it."""
+    history = record.pop("history", None)
+    if history is not None:
+        write_history(history, directory, record["key"])
+    with (directory / RECORDS).open("a") as file:
+        file.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def _end_last_line(path: Path) -> None:
+    """A line that was cut off must not swallow the next one."""
+    if path.exists() and (text := path.read_text()) and not text.endswith("\n"):
+        path.write_text(text + "\n")

@@ -1,0 +1,158 @@
+"""One run: by a Lightning Trainer with alerts, or its long version in plain PyTorch with the same batches and rates."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
+from torch.utils.data import DataLoader, Sampler, TensorDataset
+
+from benchmarks.diagnosis import traits
+from benchmarks.diagnosis.data import Data, load
+from benchmarks.diagnosis.faults import change_batch, change_data, make_network, trainable
+from benchmarks.diagnosis.spec import Spec
+
+LONGER = 3
+
+
+class Shuffled(Sampler[int]):
+    """An order that depends on seed and epoch alone, not on how often the loader was iterated."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Said before each epoch, by Lightning too."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
+        yield from torch.randperm(self.size, generator=generator).tolist()
+
+
+class Setting(NamedTuple):
+    """All that a run needs, made from its specification alone."""
+
+    net: nn.Module
+    data: Data
+    batches: DataLoader[tuple[Tensor, ...]]
+    optimizer: Optimizer
+    scheduler: LRScheduler | None
+    epochs: int
+
+
+def prepare(spec: Spec) -> Setting:
+    """Everything of the run, deterministic."""
+    clean = load(spec.data)
+    if spec.trait == "full_batch":
+        clean = clean._replace(images=clean.images[: spec.batch_size], targets=clean.targets[: spec.batch_size])
+    data = change_data(clean, spec.fault)
+    torch.manual_seed(spec.seed)
+    net = make_network(spec.architecture, data, spec.fault)
+    traits.prepare(net, clean, spec.trait)
+    size = min(spec.batch_size, len(data.images))
+    # The few images of an overfitting run are gone through more often, so that the run has as many steps as its twin.
+    again = max(1, len(clean.images) // len(data.images))
+    dataset = TensorDataset(
+        data.images.repeat(again, 1, 1, 1), data.targets.repeat(again, *[1] * (data.targets.dim() - 1))
+    )
+    batches = DataLoader(dataset, size, sampler=Shuffled(len(dataset), spec.seed), drop_last=True)
+    epochs = spec.epochs * (LONGER if spec.long else 1)
+    optimizer = _optimizer(spec, trainable(net, spec.fault))
+    return Setting(net, data, batches, optimizer, _scheduler(spec, optimizer, epochs * len(batches)), epochs)
+
+
+def _optimizer(spec: Spec, parameters: list[nn.Parameter]) -> Optimizer:
+    if spec.optimizer == "sgd":
+        momentum = 0.0 if spec.trait == "full_batch" else 0.9
+        return SGD(parameters, spec.rate, momentum=momentum)
+    return {"adam": Adam, "adamw": AdamW}[spec.optimizer](parameters, spec.rate)
+
+
+def _scheduler(spec: Spec, optimizer: Optimizer, steps: int) -> LRScheduler | None:
+    if spec.schedule == "cosine":
+        return CosineAnnealingLR(optimizer, steps)
+    if spec.schedule == "onecycle":
+        return OneCycleLR(optimizer, spec.rate, total_steps=steps + 1, cycle_momentum=False)
+    if spec.schedule == "warmup":
+        return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, steps // 5)))
+    return None
+
+
+def loss_of(scores: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy for classes, mean squared error for numbers."""
+    return F.mse_loss(scores, targets) if targets.is_floating_point() else F.cross_entropy(scores, targets)
+
+
+def run(spec: Spec) -> dict[str, Any]:
+    """Trains and returns what is kept: plain lists and numbers, among them the history that the rules read."""
+    torch.set_num_threads(1)
+    begin = time.process_time()
+    if spec.long:
+        results: dict[str, Any] = {"losses": train_plain(spec)}
+    else:
+        from benchmarks.diagnosis.watched import train_watched
+
+        results = train_watched(spec)
+    setting = prepare(spec)
+    losses = results.pop("losses")
+    return {
+        "key": spec.key,
+        "spec": asdict(spec),
+        "guess": setting.data.guess,
+        "steps": len(losses),
+        "final": final_loss(losses, len(setting.batches)),
+        "early": [_plain(loss) for loss in losses[:60]],
+        "finite": all(map(math.isfinite, losses)),
+        **results,
+        "seconds": time.process_time() - begin,
+    }
+
+
+def train_plain(spec: Spec) -> list[float]:
+    """The training loss of each step; ends where it is no number any more."""
+    net, _, batches, optimizer, scheduler, epochs = prepare(spec)
+    losses: list[float] = []
+    for step, (images, targets) in enumerate(_passes(batches, epochs)):
+        images, targets = change_batch(images, targets, step, spec.fault)
+        with torch.autocast("cpu", torch.bfloat16, enabled=spec.precision == "bf16"):
+            loss = loss_of(net(images), targets)
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        if spec.clip:
+            nn.utils.clip_grad_norm_(net.parameters(), spec.clip)
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+    return losses
+
+
+def final_loss(losses: list[float], steps_per_epoch: int) -> float | None:
+    """Mean over the last epoch, at least 20 and at most 100 steps; None if one of them is no number."""
+    last = losses[-min(100, max(20, steps_per_epoch)) :]
+    mean = sum(last) / len(last)
+    return mean if math.isfinite(mean) else None
+
+
+def _passes(batches: DataLoader[tuple[Tensor, ...]], epochs: int) -> Iterator[Any]:
+    for epoch in range(epochs):
+        batches.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        yield from batches
+
+
+def _plain(loss: float) -> float | None:
+    return float(f"{loss:.4g}") if math.isfinite(loss) else None

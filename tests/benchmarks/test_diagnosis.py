@@ -1,0 +1,269 @@
+"""The fault suite: labels, figures, and that an interrupted suite goes on where it stopped."""
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from benchmarks.diagnosis import labels, replay, runner, score, tables
+from benchmarks.diagnosis.cells import suite
+from benchmarks.diagnosis.census import census
+from benchmarks.diagnosis.data import load
+from benchmarks.diagnosis.faults import FAULTS, change_data
+from benchmarks.diagnosis.models import ARCHITECTURES
+from benchmarks.diagnosis.spec import Spec
+from benchmarks.diagnosis.train import final_loss, run, train_plain
+from lightning_interp.rules import History, NonFiniteRule
+
+LN10 = math.log(10)
+SPEC = Spec("plain", "digits", "sgd", rate=0.03, epochs=1)
+
+
+def record(spec, final=0.1, **values):
+    """A line as a run writes it."""
+    base = {
+        "key": spec.key, "spec": asdict(spec), "guess": LN10, "steps": 200, "final": final, "early": [LN10, 2.0],
+        "finite": True, "val_losses": [1.0, 0.5, 0.4, 0.4], "counts": [[0.0, 0.0]] * 3, "still": [],
+        "watched_labels": False, "alerts": [], "seconds": 1.0,
+    }  # fmt: skip
+    return base | values
+
+
+def alert(rule, severity="warning", cause=None, step=60):
+    """An alert as a run writes it."""
+    return {"rule": rule, "severity": severity, "status": "raised", "layer": None, "step": step, "cause": cause}
+
+
+def ladder(finals, longs=None, **values):
+    """The lines of a cell: rate to the loss that was reached, and to that of the long version."""
+    lines = [record(replace(SPEC, rate=rate), final, **values) for rate, final in finals.items()]
+    return lines + [record(replace(SPEC, rate=r, long=True), f) for r, f in (longs or finals).items()]
+
+
+def by_rate(lines):
+    """Labelled runs by their rate."""
+    return {run.spec.rate: run for run in labels.label_all(lines)}
+
+
+@given(st.integers(1, 500), st.data())
+def test_wilson_limits_solve_the_equation_that_defines_them(total, data):
+    """At either limit p, the share seen lies z standard errors of p away."""
+    hits = data.draw(st.integers(0, total))
+    interval = score.wilson(hits, total)
+    for limit in (interval.low, interval.high):
+        assert (hits / total - limit) ** 2 == pytest.approx(score.Z95**2 * limit * (1 - limit) / total, abs=1e-9)
+    assert 0 <= interval.low <= hits / total + 1e-12
+    assert hits / total - 1e-12 <= interval.high <= 1
+
+
+def test_wilson_of_nothing_is_unknown():
+    """No runs, no figure."""
+    assert math.isnan(score.wilson(0, 0).share)
+    assert tables.percent(score.wilson(0, 0)) == "-"
+
+
+def test_rate_labels_follow_what_other_rates_gain():
+    """By hand: 0.001 is too low, 1 too high, and 0.01 in between would gain from three times the steps."""
+    found = labels.rate_labels(
+        {0.001: 0.1, 0.01: 0.75, 0.1: 0.98, 1.0: 0.0}, {0.001: 0.25, 0.01: 0.97, 0.1: 1.0, 1.0: 0.05}
+    )
+    high, low, short = labels.RATE_RULES
+    assert [found[rate][high] for rate in found] == [False, False, False, True]
+    assert [found[rate][low] for rate in found] == [True, None, False, False]
+    assert [found[rate][short] for rate in found] == [None, True, False, False]
+
+
+def test_the_best_rate_is_never_too_high_nor_too_low():
+    """Nothing gains on it."""
+    short = {10.0**-i: value for i, value in enumerate((0.2, 0.9, 0.95, 0.4))}
+    best = labels.rate_labels(short, short)[0.01]
+    assert best == {"learning_rate_too_high": False, "learning_rate_too_low": False, "undertrained": False}
+
+
+def test_progress_goes_from_a_guess_to_the_best_and_a_lost_run_has_none():
+    """Half-way is 0.5; NaN and a loss above the guess are 0."""
+    assert labels.progress(LN10 / 2, LN10, 0.0) == pytest.approx(0.5)
+    assert labels.progress(None, LN10, 0.0) == labels.progress(5.0, LN10, 0.0) == 0.0
+
+
+def test_a_cell_is_labelled_only_when_all_its_rungs_are_there():
+    """A missing long version leaves the rate labels unknown, and the run neither healthy nor faulty."""
+    lines = ladder({0.01: 2.2, 0.1: 0.1})
+    whole, part = by_rate(lines), by_rate(lines[:-1])
+    assert whole[0.01].labels["learning_rate_too_low"] is True
+    assert whole[0.01].faulty is True
+    assert whole[0.1].faulty is False
+    assert part[0.1].labels["learning_rate_too_low"] is None
+    assert part[0.1].faulty is None
+
+
+def test_overfitting_is_what_stopping_early_would_have_saved():
+    """A rise of the validation loss counts if the training loss is low, and not within noise."""
+    rise = [1.0, 0.4, 0.6, 0.9]
+    assert labels.overfitting(rise, 0.01, LN10) is True
+    assert labels.overfitting(rise, 2.0, LN10) is False
+    assert labels.overfitting([1.0, 0.3, 0.32, 0.31], 0.01, LN10) is False
+    assert labels.overfitting([1.0, 0.9, 0.9, 0.9], 0.01, LN10) is None
+
+
+def test_few_images_are_overfitted_if_all_of_them_would_have_done_better():
+    """The twin with all images is the counterfactual; without it the gap tells nothing."""
+    few = record(SPEC, 0.01, val_losses=[1.0, 0.9, 0.9, 0.9])
+    for val_loss, expected in ((0.2, True), (0.88, False)):
+        assert labels.memorised(few, record(SPEC, 0.01, val_losses=[1.0, 0.9, val_loss])) is expected
+    assert labels.memorised(few, None) is None
+
+
+def test_deaths_count_when_they_last():
+    """Dead at the end: yes. Revived after the first epoch: an alert then was right, silence too."""
+    assert labels.share_label([(0.0, 0.0), (0.1, 0.0), (0.25, 0.0)], 0) is True
+    assert labels.share_label([(0.9, 0.0), (0.1, 0.0), (0.0, 0.0)], 0) is None
+    assert labels.share_label([(0.9, 0.1), (0.1, 0.1), (0.0, 0.1)], 1) is False
+    assert labels.share_label([(0.5, 0.0)], 0) is True
+
+
+def test_deaths_are_blamed_on_the_rate_only_if_a_lower_one_leaves_more_alive():
+    """The counterfactual for the cause of death."""
+    dead, alive = [[0.5, 0.0]] * 3, [[0.0, 0.0]] * 3
+    for low, right in ((alive, True), (dead, False)):
+        lines = ladder({0.01: 0.1, 0.1: 0.1})
+        lines[0]["counts"], lines[1]["counts"] = low, dead
+        found = by_rate(lines)[0.1]
+        assert found.labels["dead_filters"] is True
+        assert found.labels["learning_rate_too_high"] is False
+        assert ("learning_rate_too_high" in found.causes) is right
+
+
+def test_figures_of_a_rule_by_hand():
+    """Two found of three, one false alarm in a healthy run."""
+    lines = ladder({0.001: 2.25, 0.002: 2.2, 0.004: 2.15, 0.1: 0.1, 0.2: 0.1})
+    for i in (0, 1, 3):
+        lines[i]["alerts"] = [alert("learning_rate_too_low", cause="learning rate too low")]
+    runs = labels.label_all(lines)
+    found = score.rule_score(runs, "learning_rate_too_low")
+    assert found.recall[:2] == (2, 3)
+    assert found.precision[:2] == (2, 3)
+    assert found.false_alarms[:2] == (1, 2)
+    assert found.delay == 60
+    assert score.causes(runs)[:2] == (2, 2)
+    assert [verdict for _, verdict in score.failures(runs)].count("missed learning_rate_too_low") == 1
+
+
+def test_a_wrong_cause_is_counted_and_information_is_no_alarm():
+    """The primary alert is the most severe one."""
+    lines = ladder({0.001: 2.25, 0.1: 0.1})
+    lines[0]["alerts"] = [alert("learning_rate_too_low"), alert("bad_start", "critical", "inputs")]
+    lines[1]["alerts"] = [alert("dead_filters", "info")]
+    runs = labels.label_all(lines)
+    assert score.causes(runs)[:2] == (0, 1)
+    assert score.false_alarms(runs)[:2] == (0, 1)
+
+
+def test_an_injection_that_does_no_harm_is_no_fault():
+    """A small initialisation in a network with BatchNorm: same progress as its twin."""
+    for final, fault in ((0.1, False), (2.0, True), (0.6, None)):
+        spec = replace(SPEC, rate=0.1, fault="init_small")
+        runs = labels.label_all([*ladder({0.01: 0.3, 0.1: 0.1}), record(spec, final)])
+        assert runs[-1].faulty is fault
+
+
+def test_a_report_names_every_rule_and_every_wrong_verdict():
+    """The tables are there and hold the failing run."""
+    lines = ladder({0.001: 2.25, 0.1: 0.1})
+    text = tables.report(lines)
+    assert all(f"`{rule}`" in text for rule in labels.LABELLED)
+    assert "missed learning_rate_too_low" in text
+
+
+def test_an_interrupted_suite_goes_on_where_it_stopped(tmp_path):
+    """Also after a line that was cut off, and a run that failed is tried again."""
+    specs = [SPEC, replace(SPEC, seed=1)]
+    calls = []
+
+    def train(spec):
+        calls.append(spec)
+        if len(calls) == 2:
+            raise RuntimeError("no luck")
+        return record(spec)
+
+    assert runner.run_all(specs, tmp_path, jobs=0, train=train) == 1
+    with (tmp_path / runner.RECORDS).open("a") as file:
+        file.write('{"key": "cut of')
+    assert runner.run_all(specs, tmp_path, jobs=0, train=train) == 0
+    assert runner.run_all(specs, tmp_path, jobs=0, train=train) == 0
+    assert calls == [specs[0], specs[1], specs[1]]
+    assert {line["key"] for line in runner.read_records(tmp_path)} == {spec.key for spec in specs}
+
+
+def test_no_run_is_started_after_the_time_is_up(tmp_path):
+    """`hours=0` starts none."""
+    assert runner.run_all([SPEC], tmp_path, jobs=0, hours=0, train=record) == 0
+    assert not runner.read_records(tmp_path)
+
+
+def test_keys_tell_all_runs_apart_and_every_fault_has_its_twin():
+    """In both suites; cells hold at least two rates in both lengths."""
+    for specs in (suite(), suite(reduced=True)):
+        keys = {spec.key for spec in specs}
+        assert len(keys) == len(specs)
+        assert all(spec.twin in keys for spec in specs)
+        assert all(replace(spec, long=True).key in keys for spec in specs if spec.fault == "none")
+        assert {spec.architecture for spec in specs} == set(ARCHITECTURES)
+        assert {spec.fault for spec in specs} == {*FAULTS, "none"}
+
+
+def test_the_census_counts_units_that_no_image_reaches():
+    """Three of four channels are held down; one image is enough to keep a unit alive."""
+    conv = nn.Conv2d(1, 4, 1)
+    nn.init.zeros_(conv.weight)
+    conv.weight.data[3] = 1.0
+    conv.bias.data = torch.tensor([-1.0, -1.0, 0.0, -1.0])
+    images = torch.zeros(5, 1, 2, 2)
+    assert census(nn.Sequential(conv, nn.ReLU()), images) == (1.0, 0.0)
+    images[2, 0, 1, 1] = 2.0
+    assert census(nn.Sequential(conv, nn.ReLU()), images) == (0.75, 0.0)
+    conv.bias.data = torch.tensor([-40.0, -1.0, 1.0, 1.0])
+    assert census(nn.Sequential(conv, nn.GELU()), images) == (0.25, 0.25)
+
+
+@pytest.mark.parametrize(("fault", "share"), [("labels_5", 0.05), ("labels_20", 0.2)])
+def test_so_many_labels_are_wrong_as_the_fault_says(fault, share):
+    """Every moved label is wrong."""
+    data = load("textures")
+    changed = change_data(data, fault)
+    assert float((changed.targets != data.targets).float().mean()) == pytest.approx(share, abs=1e-3)
+
+
+def test_the_loss_of_a_run_that_ended_in_nan_is_unknown():
+    """And otherwise the mean of its end."""
+    assert final_loss([1.0, math.nan], 20) is None
+    assert final_loss([9.0] * 50 + [1.0] * 20, 20) == 1.0
+
+
+def test_the_run_with_alerts_trains_exactly_as_the_plain_one_and_can_be_judged_anew(tmp_path):
+    """The same losses to the last digit, a line of strict JSON, and a history that gives the same alerts."""
+    kept = run(SPEC)
+    plain = train_plain(SPEC)
+    assert kept["steps"] == len(plain) == 18
+    assert kept["final"] == final_loss(plain, 18)
+    history = kept.pop("history")
+    json.dumps(kept, allow_nan=False)
+    replay.write_history(history, tmp_path, kept["key"])
+    again = replay.replay([kept], tmp_path)[0]["alerts"]
+    names = ("rule", "severity", "step")
+    assert [[a[n] for n in names] for a in again] == [[a[n] for n in names] for a in kept["alerts"]]
+
+
+def test_a_replay_raises_nothing_before_it_happened():
+    """A NaN at step 120 is named at the look after it."""
+    history = History()
+    for step in range(200):
+        history.record("loss", math.nan if step >= 120 else 1.0, step=step)
+    history.note("non_finite_step", 120)
+    found = replay.judge(history, [NonFiniteRule()], 200)
+    assert next(alert["step"] for alert in found) == 150
