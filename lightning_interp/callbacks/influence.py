@@ -257,8 +257,8 @@ class Influence(PeriodicCallback):
             return
         classes = torch.unique(train.labels[usable(train)])
         if len(classes) < 2:
-            why = f"they are all of class {int(classes[0])}" if len(classes) else why_unusable(train)
-            self.say_once(f"Influence has nothing to show, since it needs training images of two classes: {why}.")
+            alike = f"the training images are all of class {int(classes[0])}" if len(classes) else None
+            self.say_once(f"Influence has nothing to show of the training images: {alike or why_unusable(train)}.")
             return
         self._watch.look(train, torch.tensor(self._train.indices), step)
         self._note_labels(trainer, step)
