@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +20,10 @@ from lightning_interp.callbacks.session import Session
 from lightning_interp.functional import embed
 from lightning_interp.functional.projection import displacement, project_pca
 from lightning_interp.functional.separation import separation
+from tests.callbacks.two_ranks import run_two_ranks
 from tests.callbacks.watched import fit
 from tests.contract.nets import Capture, Images, Net, Stream, body, loader
 
-ROOT = Path(__file__).parents[2]
 POINTS = 24
 NUMBERS = ("knn_accuracy", "silhouette", "fisher_ratio", "nc1", "effective_rank")
 
@@ -326,18 +321,7 @@ def test_model_that_cannot_be_called_is_said_once():
 @pytest.mark.slow
 def test_two_processes_find_what_one_does(tmp_path):
     """An odd number of points on two ranks; the same numbers on both."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    script = str(Path(__file__).parent / "ddp_embedding_projection.py")
-    started = [
-        subprocess.Popen([sys.executable, script, str(tmp_path)], env={**os.environ, **shared, "LOCAL_RANK": str(rank)})
-        for rank in (0, 1)
-    ]
-    assert [process.wait(timeout=120) for process in started] == [0, 0]
-    zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    zero, one = run_two_ranks("ddp_embedding_projection.py", tmp_path)
     assert not zero["resting"]
     assert not one["resting"]
     assert zero["knn_accuracy"] == one["knn_accuracy"] == pytest.approx(zero["alone"]["knn_accuracy"])

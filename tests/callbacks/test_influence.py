@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
-import os
 import re
-import socket
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,10 +27,10 @@ from lightning_interp.render.perturbation import Perturbed, perturbation_sheet
 from lightning_interp.render.suspects import SuspectRow, suspects_sheet
 from tests.callbacks.influence_kit import CLASSES, Digits, Net, Recorded, fit, head_losses, loaders, refit
 from tests.callbacks.losses_kit import CHATTER
+from tests.callbacks.two_ranks import run_two_ranks
 from tests.contract.nets import pl
 
 pytestmark = [pytest.mark.filterwarnings(message) for message in CHATTER]
-ROOT = Path(__file__).parents[2]
 DECAY = 0.01
 
 
@@ -671,18 +666,7 @@ def test_a_resume_at_the_end_of_an_epoch_gives_the_numbers_of_the_uninterrupted_
 @pytest.mark.slow
 def test_two_processes_agree_with_one(tmp_path):
     """The network stands still, so that one process sees the same; an odd number of images, and fewer than ranks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    script = str(Path(__file__).parent / "ddp_influence.py")
-    started = [
-        subprocess.Popen([sys.executable, script, str(tmp_path)], env={**os.environ, **shared, "LOCAL_RANK": str(rank)})
-        for rank in (0, 1)
-    ]
-    assert [process.wait(timeout=200) for process in started] == [0, 0]
-    two, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    two, other = run_two_ranks("ddp_influence.py", tmp_path)
     for name, count in (("many", 61), ("two", 2)):
         alone = Recorded(num_train=40, num_test=1)
         train, _ = loaders(Digits(count), batch_size=8)

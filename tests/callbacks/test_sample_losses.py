@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,13 +21,13 @@ from lightning_interp.callbacks.dead_filters import DeadFilters
 from lightning_interp.callbacks.training_dynamics import TrainingDynamics
 from lightning_interp.functional.hooks import QuietHook
 from tests.callbacks.losses_kit import CHATTER, CLASSES, Collector, Numbered, differences, draws, kit, numbered
+from tests.callbacks.two_ranks import run_two_ranks
 from tests.contract import nets as contract_nets
 from tests.contract.battery import Recipe, assert_undisturbed
 from tests.contract.nets import Capture, quiet_trainer, seed_all
 
 pytestmark = [pytest.mark.filterwarnings(message) for message in CHATTER]
 pl, Net, fit = kit().pl, kit().Net, kit().fit
-ROOT = Path(__file__).parents[2]
 CLOSE = 2e-6  # float32 scores, losses up to about 10
 
 
@@ -415,18 +410,7 @@ def test_a_state_does_not_change_any_more():
 @pytest.mark.slow
 def test_two_ranks_collect_what_both_have_seen(tmp_path):
     """The sum over ranks is that of a loop over the batches of both, also after a resume in mid-epoch."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    script = str(Path(__file__).parent / "ddp_sample_losses.py")
-    started = [
-        subprocess.Popen([sys.executable, script, str(tmp_path)], env={**os.environ, **shared, "LOCAL_RANK": str(rank)})
-        for rank in (0, 1)
-    ]
-    assert [process.wait(timeout=200) for process in started] == [0, 0]
-    zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    zero, one = run_two_ranks("ddp_sample_losses.py", tmp_path)
     for name in ("first", "second"):
         for rank in (zero, one):
             assert rank[name]["reasons"] == [None, None]

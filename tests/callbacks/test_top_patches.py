@@ -1,12 +1,5 @@
 """The callback that shows what excites filters."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -17,6 +10,7 @@ from lightning_interp.callbacks._excited import Excited, turnover_of
 from lightning_interp.callbacks.top_patches import TopPatches
 from lightning_interp.errors import ArgumentError
 from lightning_interp.functional.patches import project_patches, rank_patches
+from tests.callbacks.two_ranks import run_two_ranks
 from tests.contract.battery import assert_undisturbed, fit_quietly
 from tests.contract.conftest import _without_chatter  # noqa: F401 - a fixture
 from tests.contract.hooks import assert_nothing_left
@@ -25,7 +19,6 @@ from tests.contract.recipes import Recipe, TwoOptimizers
 from tests.reading import read
 
 LAYERS = ["00_net.0", "01_net.3", "02_net.8"]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Plain(Net):
@@ -263,18 +256,7 @@ def test_two_calls_in_a_batch_count_the_first_and_other_sizes_are_left():
 @pytest.mark.slow
 def test_two_ranks_find_what_one_would(tmp_path):
     """Nine images on two ranks: one is seen twice, and counts once."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    script = str(Path(__file__).parent / "ddp_top_patches.py")
-    started = [
-        subprocess.Popen([sys.executable, script, str(tmp_path)], env={**os.environ, **shared, "LOCAL_RANK": str(rank)})
-        for rank in (0, 1)
-    ]
-    assert [process.wait(timeout=120) for process in started] == [0, 0]
-    zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    zero, one = run_two_ranks("ddp_top_patches.py", tmp_path)
     assert (zero["resting"], one["resting"], one["top"]) == (False, False, {})
     for filter_index, row in enumerate(zero["top"]["net.0"]):
         values = [image[filter_index] for image in zero["maps"]]
