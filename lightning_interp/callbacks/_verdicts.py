@@ -11,13 +11,11 @@ from torch import Tensor
 
 from lightning_interp._options import expected
 from lightning_interp.callbacks.scores import class_probabilities, read_targets, sample_losses
-from lightning_interp.render.color import Color
+from lightning_interp.render.color import RIGHT, WRONG
 from lightning_interp.render.text import INK, Segment
 
 Target = Literal["label", "predicted"]
 TARGETS = ("label", "predicted")
-RIGHT: Color = (120, 230, 140)
-WRONG: Color = (255, 176, 80)
 # From so many samples on the captions are narrow and take two lines.
 _NARROW = 5
 

@@ -18,6 +18,8 @@ Color = tuple[int, int, int]
 NON_FINITE: Color = (255, 0, 255)  # magenta: in neither map, and no RGB filter that is not at its limit has it
 SIGNAL: Color = (0, 230, 64)  # green: in neither map, and bright on the dark background
 BACKGROUND: Color = (24, 24, 28)
+RIGHT: Color = (120, 230, 140)  # a prediction that is the label
+WRONG: Color = (255, 176, 80)
 
 # Anchors at equal distances. Diverging: blue, light grey, red; the ends differ in hue for all common kinds of colour
 # blindness and both darken away from zero. Sequential: black to pale yellow, lightness rising throughout.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from lightning_interp.render.color import BACKGROUND, Color, Pixels
+from lightning_interp.render.color import BACKGROUND, RIGHT, WRONG, Color, Pixels
 from lightning_interp.render.markdown import escape
 from lightning_interp.render.sheets import MAX_SHOWN, MID_GREY, WIDTH, near_square
 from lightning_interp.render.text import CHARACTER, INK, LINE, Segment, fit, text_lines
@@ -18,8 +18,6 @@ from lightning_interp.render.text import CHARACTER, INK, LINE, Segment, fit, tex
 HELPFUL: Color = (86, 180, 233)
 HARMFUL: Color = (230, 159, 0)
 SUSPICIOUS: Color = (250, 250, 130)  # behind a label that is not the test image's
-_RIGHT: Color = (120, 230, 140)
-_WRONG: Color = (255, 176, 80)
 _DIM: Color = (150, 150, 156)
 
 _DOWN = 4  # blocks below one another; more stand side by side
@@ -204,7 +202,7 @@ def _test(shown: Influenced, layout: _Layout, exponent: int | None) -> Pixels:
     room = layout.test // CHARACTER
     predicted = f"predicted {shown.predicted}" if len(shown.predicted) + 10 <= room else f"pred. {shown.predicted}"
     words = text_lines(
-        [f"label {shown.label}", [(predicted, _RIGHT if right else _WRONG)], f"loss {shown.loss:.3g}"], layout.test
+        [f"label {shown.label}", [(predicted, RIGHT if right else WRONG)], f"loss {shown.loss:.3g}"], layout.test
     )
     canvas = _blank(layout.height, layout.test, BACKGROUND)
     height, width = shown.picture.shape[:2]
