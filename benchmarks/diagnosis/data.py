@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -43,8 +45,13 @@ def load(name: str) -> Data:
     """`digits`: 1,797 real ones, 8x8. `photos`: from which of two photographs and which quarter of it a crop is.
 
     `positions`: where in its photograph a crop is (regression). `textures`: three gratings and three shapes in noise.
+    `glyphs`: eight letters in all faces of the fonts that matplotlib ships. `turns`: by how many right angles a crop of a
+    photograph was turned.
     """
-    return {"digits": _digits, "photos": _photos, "positions": _positions, "textures": _textures}[name]()
+    return {
+        "digits": _digits, "photos": _photos, "positions": _positions, "textures": _textures, "glyphs": _glyphs,
+        "turns": _turns,
+    }[name]()  # fmt: skip
 
 
 def _split(images: Tensor, targets: Tensor, train: int, outputs: int) -> Data:
@@ -93,6 +100,38 @@ def _photos() -> Data:
 def _positions() -> Data:
     crops, _, places = _crops()
     return _split(crops, (places - 0.5) * math.sqrt(12), TRAIN, 2)
+
+
+@cache
+def _turns() -> Data:
+    crops, _, _ = _crops()
+    turns = torch.randint(4, (len(crops),), generator=torch.Generator().manual_seed(5))
+    turned = [torch.rot90(crop, int(turn), (1, 2)) for crop, turn in zip(crops, turns, strict=True)]
+    return _split(torch.stack(turned), turns, TRAIN, 4)
+
+
+@cache
+def _glyphs() -> Data:
+    from matplotlib import get_data_path
+    from PIL import Image, ImageDraw, ImageFont
+
+    letters, generator = "ABEFRSgk", torch.Generator().manual_seed(6)
+    faces = sorted(
+        path for path in (Path(get_data_path()) / "fonts/ttf").glob("DejaVu*.ttf") if "Display" not in path.name
+    )
+    labels = torch.randint(len(letters), (TRAIN + VAL,), generator=generator)
+    images = []
+    for label in labels.tolist():
+        face, size, x, y, turn = torch.rand(5, generator=generator).tolist()
+        canvas = Image.new("L", (3 * SIDE, 3 * SIDE))
+        font = ImageFont.truetype(faces[int(face * len(faces))], int(20 + 10 * size))
+        place = (3 * SIDE * (0.4 + 0.2 * x), 3 * SIDE * (0.4 + 0.2 * y))
+        ImageDraw.Draw(canvas).text(place, letters[label], 255, font, "mm")
+        small = canvas.rotate(30 * turn - 15).resize((SIDE, SIDE), Image.Resampling.BOX)
+        images.append(
+            torch.tensor(np.asarray(small)).float() / 255 + 0.15 * torch.randn(SIDE, SIDE, generator=generator)
+        )
+    return _split(torch.stack(images)[:, None], labels, TRAIN, len(letters))
 
 
 @cache

@@ -96,7 +96,7 @@ def make_network(architecture: str, data: Data, fault: str) -> nn.Module:
         for conv in models.convolutions(net):
             nn.init.normal_(conv.weight, std=4 / math.sqrt(9 * conv.in_channels))
         return net
-    net = models.ARCHITECTURES[architecture](channels, data.outputs)
+    net = models.build(architecture, channels, data.outputs)
     with torch.no_grad():
         _change_weights(net, fault)
     return net

@@ -119,15 +119,21 @@ def share_label(counts: Iterable[Sequence[float]], which: int) -> Label:
     return None if late is False and max(shares, default=0.0) >= 0.2 else late
 
 
-def label_all(records: Iterable[Mapping[str, Any]]) -> list[Labelled]:
-    """The labels of all judged runs. A cell whose ladder is not complete yet gives no counterfactual label."""
+def label_all(records: Iterable[Mapping[str, Any]], plan: Mapping[str, str] | None = None) -> list[Labelled]:
+    """The labels of all judged runs. A cell whose ladder is not complete yet gives no counterfactual label.
+
+    Args:
+        records: Lines of the runs.
+        plan: Cell of each run that is to come, by key (`runner.read_plan`); None if `records` are all.
+    """
     pairs = [(Spec.from_dict(record["spec"]), dict(record)) for record in records]
     by_key = {record["key"]: record for _, record in pairs}
+    unfinished = {cell for key, cell in (plan or {}).items() if key not in by_key}
     cells: dict[str, list[tuple[Spec, dict[str, Any]]]] = {}
     for spec, record in pairs:
         if spec.fault == "none":
             cells.setdefault(spec.cell, []).append((spec, record))
-    rungs = {cell: _rungs(runs) for cell, runs in cells.items()}
+    rungs = {cell: _rungs(runs) for cell, runs in cells.items() if cell not in unfinished}
     found = []
     for spec, record in pairs:
         if spec.long:
@@ -144,10 +150,10 @@ def label_all(records: Iterable[Mapping[str, Any]]) -> list[Labelled]:
 def _rungs(
     runs: list[tuple[Spec, dict[str, Any]]],
 ) -> tuple[float | None, dict[float, float], dict[float, dict[str, Label]]]:
-    """The best loss of the long versions, the progress of each rate, and the labels; nothing if some are missing."""
+    """The best loss of the long versions, the progress of each rate, and the labels; nothing if all were lost."""
     finals = {long: {spec.rate: record for spec, record in runs if spec.long == long} for long in (False, True)}
     reached = [record["final"] for record in finals[True].values() if record["final"] is not None]
-    if set(finals[False]) != set(finals[True]) or not reached:
+    if not reached:
         return None, {}, {}
     best = min(reached)
     short, long = (

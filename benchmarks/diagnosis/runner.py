@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.diagnosis.replay import write_history
 from benchmarks.diagnosis.spec import Spec
 
-RECORDS = "runs.jsonl"
+RECORDS, PLAN = "runs.jsonl", "plan.json"
 Record = dict[str, Any]
 
 
@@ -31,6 +31,12 @@ def read_records(directory: Path) -> list[Record]:
         except json.JSONDecodeError:
             continue
     return records
+
+
+def read_plan(directory: Path) -> dict[str, str]:
+    """The cell of each run of the suite, by key, whether it has been run yet or not."""
+    plan: dict[str, str] = json.loads((directory / PLAN).read_text())
+    return plan
 
 
 def missing(specs: Sequence[Spec], directory: Path) -> list[Spec]:
@@ -51,13 +57,14 @@ def run_all(
 
     Args:
         specs: The suite.
-        directory: Gets `runs.jsonl` and `histories/`.
+        directory: Gets `runs.jsonl`, `plan.json` and `histories/`.
         jobs: Processes; 0 runs in this one.
         hours: No run is started later than this.
         train: From a specification to its record; by default `train.run`.
     """
     directory.mkdir(parents=True, exist_ok=True)
     _end_last_line(directory / RECORDS)
+    (directory / PLAN).write_text(json.dumps({spec.key: spec.cell for spec in specs}))
     end = time.monotonic() + 3600 * hours
     todo, failures = missing(specs, directory), 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

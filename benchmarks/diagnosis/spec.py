@@ -13,9 +13,9 @@ class Spec:
     """One training run.
 
     Attributes:
-        architecture: See `models.ARCHITECTURES`.
-        data: See `data.DATA`.
-        optimizer: `sgd` (momentum 0.9), `adam` or `adamw`.
+        architecture: See `models.ARCHITECTURES` and `models.HELD_OUT`.
+        data: See `data.load`.
+        optimizer: `sgd` (momentum 0.9), `plain_sgd` (none), `adam`, `adamw`, `rmsprop`, `nadam` or `adagrad`.
         schedule: `constant`, `cosine`, `warmup` or `onecycle`.
         rate: Learning rate, the largest one of the schedule.
         seed: Of initialisation and order.
@@ -34,8 +34,8 @@ class Spec:
     schedule: str = "constant"
     rate: float = 1e-3
     seed: int = 0
-    epochs: int = 12
-    batch_size: int = 64
+    epochs: int = 9
+    batch_size: int = 32
     clip: float = 0.0
     precision: str = "32"
     trait: str = "none"
@@ -62,7 +62,7 @@ class Spec:
         """For people."""
         extras = [self.trait, self.fault, "clip" if self.clip else "none", self.precision.replace("32", "none")]
         shown = " ".join(extra for extra in extras if extra != "none")
-        batch = f"b{self.batch_size}" if self.batch_size != 64 else ""
+        batch = f"b{self.batch_size}" if self.batch_size != 32 else ""
         return " ".join(
             f"{self.architecture} {self.data} {self.optimizer} {self.schedule} {self.rate:.2g} "
             f"s{self.seed} e{self.epochs} {batch} {shown}".split()

@@ -22,10 +22,10 @@ from benchmarks.diagnosis.score import (
 MAX_FAILURES = 400
 
 
-def report(records: Iterable[Mapping[str, Any]]) -> str:
-    """All tables, from the lines of the runs."""
+def report(records: Iterable[Mapping[str, Any]], plan: Mapping[str, str] | None = None) -> str:
+    """All tables, from the lines of the runs; `plan` as in `label_all`."""
     records = list(records)
-    runs = label_all(records)
+    runs = label_all(records, plan)
     parts = [
         _summary(runs, records),
         _rules(runs),

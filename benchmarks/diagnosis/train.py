@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
@@ -77,7 +77,8 @@ def _optimizer(spec: Spec, parameters: list[nn.Parameter]) -> Optimizer:
     if spec.optimizer == "sgd":
         momentum = 0.0 if spec.trait == "full_batch" else 0.9
         return SGD(parameters, spec.rate, momentum=momentum)
-    return {"adam": Adam, "adamw": AdamW}[spec.optimizer](parameters, spec.rate)
+    kinds = {"adam": Adam, "adamw": AdamW, "plain_sgd": SGD, "rmsprop": RMSprop, "nadam": NAdam, "adagrad": Adagrad}
+    return kinds[spec.optimizer](parameters, spec.rate)
 
 
 def _scheduler(spec: Spec, optimizer: Optimizer, steps: int) -> LRScheduler | None:

@@ -8,6 +8,7 @@ from lightning_interp._options import check_positive_int
 from lightning_interp.errors import ArgumentError
 
 FALLBACK_STEPS = 500
+_A_DOUBLING = 5  # probes while the number of steps doubles
 
 
 @dataclass(frozen=True)
@@ -48,3 +49,27 @@ class Schedule:
         if every is None and self.every_n_epochs is not None and endless:
             every = FALLBACK_STEPS
         return every is not None and (step + 1) % every == 0
+
+
+def thinning_due(step: int, *, dense: int, every: int | None) -> bool:
+    """Whether a step (from 0) lies on the bridge from "every step" to "every n-th step".
+
+    The first `dense` steps are all looked at. After them the gap doubles whenever the number of steps has: with 50 and
+    100, every 10th step up to the 100th, every 20th up to the 200th, every 40th up to the 400th, then every 100th. So
+    a run of a few hundred steps is seen too, at the cost of some fifteen looks.
+
+    Args:
+        step: The step just done.
+        dense: Steps at the start that are all looked at; with fewer than five there is no bridge.
+        every: Later every n-th step is looked at; None for none, and then there is no bridge either.
+
+    Example:
+        >>> [step + 1 for step in range(50, 1000) if thinning_due(step, dense=50, every=100)]
+        [60, 70, 80, 90, 100, 120, 140, 160, 180, 200, 240, 280, 320, 360, 400]
+    """
+    done = step + 1
+    if every is None or dense < _A_DOUBLING or done <= dense:
+        return False
+    doublings = ((done - 1) // dense).bit_length() - 1
+    gap = (dense // _A_DOUBLING) << doublings
+    return 2 * gap <= every and done % gap == 0

@@ -17,6 +17,7 @@ from lightning_interp.callbacks._prober import Prober, accumulates, is_sharded, 
 from lightning_interp.callbacks._readings import Movement, agree, movement, same_batch
 from lightning_interp.callbacks._updates import parameter_layers
 from lightning_interp.callbacks.base import InterpCallback, OnError
+from lightning_interp.callbacks.schedule import thinning_due
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,8 @@ class TrainingDynamics(InterpCallback):
     its minimum, less than 0 an overshoot. Its second forward runs with the same inputs, modes and random numbers and
     leaves no trace; `training_step` is never called again.
 
-    Every step is probed at the start, where a too-high learning rate does its damage, then every n-th one. The loss
-    of every step is kept for the rules. Steps that the gradient scaler skips are left out.
+    Every step is probed at the start, where a too-high learning rate does its damage, then fewer and fewer, down to
+    every n-th one (see `thinning_due`). The loss of every step is kept for the rules. Steps that the gradient scaler skips are left out.
 
     The step ratio needs a loss of `torch.nn.functional` (cross-entropy, NLL, BCE, MSE, L1, smooth L1, Huber, KL)
     behind the LightningModule or its parts, or sums and multiples of such (mixed targets), returned by
@@ -72,7 +73,7 @@ class TrainingDynamics(InterpCallback):
 
         Args:
             dense_steps: So many steps at the start are all probed; the first one always is.
-            every_n_train_steps: After these, every n-th step is probed; None probes no more.
+            every_n_train_steps: Later every n-th step is probed, and some in between at first; None probes no more.
             layers: Names or globs of the layers to look at, as in `named_modules()`; None takes all with parameters.
             max_layers: Most layers with scalars of their own; medians and maxima hold all.
             name: Tells two instances apart, in the tags and in the checkpoint.
@@ -159,7 +160,9 @@ class TrainingDynamics(InterpCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Arms the probes on batches that are due and end in an optimizer step."""
         step = self.step_of(trainer)
-        self._prober.start(trainer, pl_module, due=step < max(1, self.dense_steps) or self.step_due(trainer, step))
+        early = step < max(1, self.dense_steps)
+        early = early or thinning_due(step, dense=self.dense_steps, every=self.schedule.every_n_train_steps)
+        self._prober.start(trainer, pl_module, due=early or self.step_due(trainer, step))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """The forward is over."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from dataclasses import asdict, replace
 
 import pytest
@@ -11,11 +12,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from benchmarks.diagnosis import labels, replay, runner, score, tables
-from benchmarks.diagnosis.cells import suite
+from benchmarks.diagnosis.cells import is_held_out, suite
 from benchmarks.diagnosis.census import census
 from benchmarks.diagnosis.data import load
 from benchmarks.diagnosis.faults import FAULTS, change_data
-from benchmarks.diagnosis.models import ARCHITECTURES
+from benchmarks.diagnosis.models import ARCHITECTURES, HELD_OUT
 from benchmarks.diagnosis.spec import Spec
 from benchmarks.diagnosis.train import final_loss, run, train_plain
 from lightning_interp.rules import History, NonFiniteRule
@@ -45,9 +46,9 @@ def ladder(finals, longs=None, **values):
     return lines + [record(replace(SPEC, rate=r, long=True), f) for r, f in (longs or finals).items()]
 
 
-def by_rate(lines):
+def by_rate(lines, plan=None):
     """Labelled runs by their rate."""
-    return {run.spec.rate: run for run in labels.label_all(lines)}
+    return {run.spec.rate: run for run in labels.label_all(lines, plan)}
 
 
 @given(st.integers(1, 500), st.data())
@@ -92,9 +93,10 @@ def test_progress_goes_from_a_guess_to_the_best_and_a_lost_run_has_none():
 
 
 def test_a_cell_is_labelled_only_when_all_its_rungs_are_there():
-    """A missing long version leaves the rate labels unknown, and the run neither healthy nor faulty."""
+    """A run that is still to come leaves the rate labels unknown, and the run neither healthy nor faulty."""
     lines = ladder({0.01: 2.2, 0.1: 0.1})
-    whole, part = by_rate(lines), by_rate(lines[:-1])
+    plan = {line["key"]: Spec.from_dict(line["spec"]).cell for line in lines}
+    whole, part = by_rate(lines, plan), by_rate(lines[:-1], plan)
     assert whole[0.01].labels["learning_rate_too_low"] is True
     assert whole[0.01].faulty is True
     assert whole[0.1].faulty is False
@@ -198,6 +200,7 @@ def test_an_interrupted_suite_goes_on_where_it_stopped(tmp_path):
     assert runner.run_all(specs, tmp_path, jobs=0, train=train) == 0
     assert calls == [specs[0], specs[1], specs[1]]
     assert {line["key"] for line in runner.read_records(tmp_path)} == {spec.key for spec in specs}
+    assert runner.read_plan(tmp_path) == {spec.key: spec.cell for spec in specs}
 
 
 def test_no_run_is_started_after_the_time_is_up(tmp_path):
@@ -207,14 +210,20 @@ def test_no_run_is_started_after_the_time_is_up(tmp_path):
 
 
 def test_keys_tell_all_runs_apart_and_every_fault_has_its_twin():
-    """In both suites; cells hold at least two rates in both lengths."""
+    """In both suites; cells hold at least two rates in both lengths, and the held-out ones share nothing that matters."""
     for specs in (suite(), suite(reduced=True)):
         keys = {spec.key for spec in specs}
         assert len(keys) == len(specs)
         assert all(spec.twin in keys for spec in specs)
-        assert all(replace(spec, long=True).key in keys for spec in specs if spec.fault == "none")
-        assert {spec.architecture for spec in specs} == set(ARCHITECTURES)
+        both = [spec for spec in specs if spec.fault == "none" and replace(spec, long=True).key in keys]
+        assert min(Counter((spec.cell, spec.long) for spec in both).values()) >= 2
+        assert {spec.cell for spec in both} == {spec.cell for spec in specs if spec.fault == "none"}
         assert {spec.fault for spec in specs} == {*FAULTS, "none"}
+    kinds = Counter((spec.architecture, is_held_out(spec)) for spec in suite())
+    assert set(kinds) == {(name, False) for name in ARCHITECTURES} | {(name, True) for name in HELD_OUT}
+    tuned, held = ([spec for spec in suite() if is_held_out(spec) is kind] for kind in (False, True))
+    assert not {spec.data for spec in tuned} & {spec.data for spec in held}
+    assert not {spec.optimizer for spec in tuned} & {spec.optimizer for spec in held}
 
 
 def test_the_census_counts_units_that_no_image_reaches():
@@ -249,8 +258,8 @@ def test_the_run_with_alerts_trains_exactly_as_the_plain_one_and_can_be_judged_a
     """The same losses to the last digit, a line of strict JSON, and a history that gives the same alerts."""
     kept = run(SPEC)
     plain = train_plain(SPEC)
-    assert kept["steps"] == len(plain) == 18
-    assert kept["final"] == final_loss(plain, 18)
+    assert kept["steps"] == len(plain) == 37
+    assert kept["final"] == final_loss(plain, 37)
     history = kept.pop("history")
     json.dumps(kept, allow_nan=False)
     replay.write_history(history, tmp_path, kept["key"])
