@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.diagnosis.cells import suite
 from benchmarks.diagnosis.replay import replay
-from benchmarks.diagnosis.runner import read_records, run_all
+from benchmarks.diagnosis.runner import read_plan, read_records, run_all
 from benchmarks.diagnosis.tables import report
 
 
@@ -28,10 +28,11 @@ def main() -> int:
     options = parser.parse_args()
     if options.command == "run":
         failed = run_all(suite(reduced=options.reduced), options.out, jobs=options.jobs, hours=options.hours)
-        print(report(read_records(options.out)))
+        print(report(read_records(options.out), read_plan(options.out)))
         return int(failed > 0)
     records = read_records(options.directory)
-    print(report(replay(records, options.directory) if options.command == "replay" else records))
+    records = replay(records, options.directory) if options.command == "replay" else records
+    print(report(records, read_plan(options.directory)))
     return 0
 
 

@@ -45,8 +45,8 @@ def load(name: str) -> Data:
     """`digits`: 1,797 real ones, 8x8. `photos`: from which of two photographs and which quarter of it a crop is.
 
     `positions`: where in its photograph a crop is (regression). `textures`: three gratings and three shapes in noise.
-    `glyphs`: eight letters in all faces of the fonts that matplotlib ships. `turns`: by how many right angles a crop of a
-    photograph was turned.
+    `glyphs`: eight letters in all faces of the fonts that matplotlib ships. `turns`: by how many right angles a crop
+    of a photograph was turned.
     """
     return {
         "digits": _digits, "photos": _photos, "positions": _positions, "textures": _textures, "glyphs": _glyphs,
