@@ -101,7 +101,7 @@ class Dense(nn.Module):
 
 
 class NextBlock(nn.Module):
-    """Depthwise convolution, LayerNorm over channels, two linear layers with a GELU, and a scaled shortcut (ConvNeXt)."""
+    """Depthwise convolution, LayerNorm over channels, two linear layers with a GELU, scaled shortcut (ConvNeXt)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

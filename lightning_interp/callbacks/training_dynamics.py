@@ -37,7 +37,8 @@ class TrainingDynamics(InterpCallback):
     leaves no trace; `training_step` is never called again.
 
     Every step is probed at the start, where a too-high learning rate does its damage, then fewer and fewer, down to
-    every n-th one (see `thinning_due`). The loss of every step is kept for the rules. Steps that the gradient scaler skips are left out.
+    every n-th one (see `thinning_due`). The loss of every step is kept for the rules. Steps that the gradient scaler
+    skips are left out.
 
     The step ratio needs a loss of `torch.nn.functional` (cross-entropy, NLL, BCE, MSE, L1, smooth L1, Huber, KL)
     behind the LightningModule or its parts, or sums and multiples of such (mixed targets), returned by

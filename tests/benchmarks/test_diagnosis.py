@@ -210,7 +210,7 @@ def test_no_run_is_started_after_the_time_is_up(tmp_path):
 
 
 def test_keys_tell_all_runs_apart_and_every_fault_has_its_twin():
-    """In both suites; cells hold at least two rates in both lengths, and the held-out ones share nothing that matters."""
+    """Cells hold at least two rates in both lengths, and the held-out ones share nothing that matters."""
     for specs in (suite(), suite(reduced=True)):
         keys = {spec.key for spec in specs}
         assert len(keys) == len(specs)
