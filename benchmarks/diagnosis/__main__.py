@@ -6,13 +6,14 @@ import argparse
 from pathlib import Path
 
 from benchmarks.diagnosis.cells import suite
+from benchmarks.diagnosis.cure import cure
+from benchmarks.diagnosis.peers.compare import compare
 from benchmarks.diagnosis.replay import replay
 from benchmarks.diagnosis.runner import read_plan, read_records, run_all
 from benchmarks.diagnosis.tables import report
 
 
-def main() -> int:
-    """Runs, or scores what has been run; returns 1 if a run failed."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.diagnosis", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train what is missing in DIR, then print the tables")
@@ -25,10 +26,33 @@ def main() -> int:
         ("replay", "the same, judged anew by the rules as they are now"),
     ):
         commands.add_parser(name, help=text).add_argument("directory", type=Path, metavar="DIR")
-    options = parser.parse_args()
+    peers = commands.add_parser("peers", help="what other tools say of a sample of the finished runs in DIR")
+    peers.add_argument("directory", type=Path, metavar="DIR")
+    peers.add_argument("--runs", type=int, default=200, help="how many to train anew")
+    peers.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
+    peers.add_argument("--hours", type=float, default=4.0, help="start no further run after so long")
+    cures = commands.add_parser("cure", help="train the faulty runs in DIR anew with the advice of their alerts")
+    cures.add_argument("directory", type=Path, metavar="DIR")
+    cures.add_argument("--rounds", type=int, default=2, help="how often the advice of what is still ill is followed")
+    cures.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
+    cures.add_argument("--hours", type=float, default=4.0, help="start no further run after so long")
+    return parser
+
+
+def main() -> int:
+    """Runs, or scores what has been run; returns 1 if a run failed."""
+    options = _parser().parse_args()
     if options.command == "run":
         failed = run_all(suite(reduced=options.reduced), options.out, jobs=options.jobs, hours=options.hours)
         print(report(read_records(options.out), read_plan(options.out)))
+        return int(failed > 0)
+    if options.command == "peers":
+        tables, failed = compare(options.directory, count=options.runs, jobs=options.jobs, hours=options.hours)
+        print(tables)
+        return int(failed > 0)
+    if options.command == "cure":
+        tables, failed = cure(options.directory, rounds=options.rounds, jobs=options.jobs, hours=options.hours)
+        print(tables)
         return int(failed > 0)
     records = read_records(options.directory)
     records = replay(records, options.directory) if options.command == "replay" else records

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import gzip
 import json
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lightning_interp.rules import AlertBook, History, Rule, default_rules
+from lightning_interp.rules import AlertBook, History, Point, Rule, Series, default_rules
 
 HISTORIES = "histories"
 FIRST, EVERY = (20, 60, 100), 50  # when `Alerts` looks
-_KEPT = ("rule", "severity", "status", "layer", "step", "value", "cause", "message", "advice")
+_KEPT = ("rule", "severity", "status", "layer", "step", "value", "cause", "message", "advice", "evidence")
 
 
 def write_history(history: dict[str, Any], directory: Path, key: str) -> None:
@@ -52,6 +54,8 @@ def judge(history: History, rules: Sequence[Rule], steps: int) -> list[dict[str,
     looks = sorted({*FIRST, *range(FIRST[-1], steps, EVERY), *windows, steps - 1})
     for step in (look for look in looks if look < steps):
         book.update(until(history, step, finished=False))
+        if book.errors:
+            raise book.errors[0][1]
     book.update(until(history, steps - 1, finished=history.finished))
     return [{name: asdict(alert)[name] for name in _KEPT} for alert in book.history]
 
@@ -61,9 +65,9 @@ def until(history: History, step: int, *, finished: bool) -> History:
     known = History(facts=dict(history.facts), step=step, finished=finished)
     if history.fact("non_finite_step", -1.0) > step:
         known.facts = {key: value for key, value in known.facts.items() if key[0] != "non_finite_step"}
-    for (name, layer), series in history.series.items():
-        for at, value in zip(series.steps, series.values, strict=True):
-            if at <= step:
-                known.record(name, value, step=at, layer=layer)
+    for key, series in history.series.items():
+        steps = series.steps
+        pairs = zip(steps, series.values, strict=True)
+        known.series[key] = Series(points=[Point(*pair) for pair in islice(pairs, bisect_right(steps, step))])
     known.step = step
     return known

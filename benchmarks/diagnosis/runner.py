@@ -21,9 +21,9 @@ RECORDS, PLAN = "runs.jsonl", "plan.json"
 Record = dict[str, Any]
 
 
-def read_records(directory: Path) -> list[Record]:
+def read_records(directory: Path, name: str = RECORDS) -> list[Record]:
     """What has been run. A last line that was cut off by an interrupt is left out, and its run is done again."""
-    path = directory / RECORDS
+    path = directory / name
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -39,19 +39,20 @@ def read_plan(directory: Path) -> dict[str, str]:
     return plan
 
 
-def missing(specs: Sequence[Spec], directory: Path) -> list[Spec]:
+def missing(specs: Sequence[Spec], directory: Path, name: str = RECORDS) -> list[Spec]:
     """The runs that have no line yet, in order."""
-    done = {record["key"] for record in read_records(directory)}
+    done = {record["key"] for record in read_records(directory, name)}
     return [spec for spec in specs if spec.key not in done]
 
 
-def run_all(
+def run_all(  # noqa: PLR0913
     specs: Sequence[Spec],
     directory: Path,
     *,
     jobs: int = 2,
     hours: float = 4.0,
     train: Callable[[Spec], Record] | None = None,
+    name: str = RECORDS,
 ) -> int:
     """Runs what is missing and returns how many runs failed; those are tried again the next time.
 
@@ -61,12 +62,14 @@ def run_all(
         jobs: Processes; 0 runs in this one.
         hours: No run is started later than this.
         train: From a specification to its record; by default `train.run`.
+        name: The file that gets the lines. Only that of the suite itself gets a plan.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    _end_last_line(directory / RECORDS)
-    (directory / PLAN).write_text(json.dumps({spec.key: spec.cell for spec in specs}))
+    _end_last_line(directory / name)
+    if name == RECORDS:
+        (directory / PLAN).write_text(json.dumps({spec.key: spec.cell for spec in specs}))
     end = time.monotonic() + 3600 * hours
-    todo, failures = missing(specs, directory), 0
+    todo, failures = missing(specs, directory, name), 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, *times) as progress:
@@ -76,7 +79,7 @@ def run_all(
                 failures += 1
                 print(f"failed: {spec.name}: {type(outcome).__name__}: {outcome}", file=sys.stderr)
             else:
-                _keep(outcome, directory)
+                _keep(outcome, directory, name)
             progress.update(task, advance=1, description=spec.name)
     return failures
 
@@ -116,12 +119,12 @@ def _train(spec: Spec) -> Record:
     return run(spec)
 
 
-def _keep(record: Record, directory: Path) -> None:
+def _keep(record: Record, directory: Path, name: str) -> None:
     """The history goes to a file of its own: it is large, and only `replay` needs it."""
     history = record.pop("history", None)
     if history is not None:
         write_history(history, directory, record["key"])
-    with (directory / RECORDS).open("a") as file:
+    with (directory / name).open("a") as file:
         file.write(json.dumps(record, allow_nan=False) + "\n")
 
 

@@ -25,6 +25,7 @@ class Spec:
         precision: `32` or `bf16`.
         trait: What makes a healthy run hard, see `traits.py`; `none` for an ordinary one.
         fault: What was injected, see `faults.py`; `none` for nothing.
+        remedy: What is done against a fault, see `remedies.py`; `none` for nothing.
         long: Whether this is the long version, which is trained without callbacks.
     """
 
@@ -40,27 +41,37 @@ class Spec:
     precision: str = "32"
     trait: str = "none"
     fault: str = "none"
+    remedy: str = "none"
     long: bool = False
 
     @property
     def key(self) -> str:
         """Changes with every field, so that a changed suite never takes an old result for its own."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        values = asdict(self)
+        if self.remedy == "none":
+            del values["remedy"]  # runs that were kept before there were remedies keep their keys
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def cell(self) -> str:
-        """The same for all rates, lengths and faults of a cell."""
-        return replace(self, rate=0.0, long=False, fault="none").key
+        """The same for all rates, lengths, faults and remedies of a cell."""
+        return replace(self, rate=0.0, long=False, fault="none", remedy="none").key
 
     @property
     def twin(self) -> str:
-        """Key of the run that differs only in having no fault injected."""
-        return replace(self, fault="none").key
+        """Key of the run that differs only in having no fault injected, and hence no remedy."""
+        return replace(self, fault="none", remedy="none").key
 
     @property
     def name(self) -> str:
         """For people."""
-        extras = [self.trait, self.fault, "clip" if self.clip else "none", self.precision.replace("32", "none")]
+        extras = [
+            self.trait,
+            self.fault,
+            self.remedy,
+            "clip" if self.clip else "none",
+            self.precision.replace("32", "none"),
+        ]
         shown = " ".join(extra for extra in extras if extra != "none")
         batch = f"b{self.batch_size}" if self.batch_size != 32 else ""
         return " ".join(

@@ -19,6 +19,14 @@ from benchmarks.diagnosis import traits
 from benchmarks.diagnosis.data import Data, load
 from benchmarks.diagnosis.faults import change_batch, change_data, make_network, trainable
 from benchmarks.diagnosis.spec import Spec
+from benchmarks.diagnosis.treatment import (
+    last_epoch,
+    treat_batch,
+    treat_data,
+    treat_network,
+    treated,
+    wrong_labels,
+)
 
 LONGER = 3
 
@@ -57,10 +65,11 @@ def prepare(spec: Spec) -> Setting:
     clean = load(spec.data)
     if spec.trait == "full_batch":
         clean = clean._replace(images=clean.images[: spec.batch_size], targets=clean.targets[: spec.batch_size])
-    data = change_data(clean, spec.fault)
+    data = treat_data(change_data(clean, spec.fault), clean, spec)
     torch.manual_seed(spec.seed)
     net = make_network(spec.architecture, data, spec.fault)
     traits.prepare(net, clean, spec.trait)
+    also_held = treat_network(net, spec)
     size = min(spec.batch_size, len(data.images))
     # The few images of an overfitting run are gone through more often, so that the run has as many steps as its twin.
     again = max(1, len(clean.images) // len(data.images))
@@ -68,9 +77,11 @@ def prepare(spec: Spec) -> Setting:
         data.images.repeat(again, 1, 1, 1), data.targets.repeat(again, *[1] * (data.targets.dim() - 1))
     )
     batches = DataLoader(dataset, size, sampler=Shuffled(len(dataset), spec.seed), drop_last=True)
-    epochs = spec.epochs * (LONGER if spec.long else 1)
-    optimizer = _optimizer(spec, trainable(net, spec.fault))
-    return Setting(net, data, batches, optimizer, _scheduler(spec, optimizer, epochs * len(batches)), epochs)
+    plan = treated(spec)
+    epochs = plan.epochs * (LONGER if spec.long else 1)
+    optimizer = _optimizer(plan, list(dict.fromkeys([*trainable(net, spec.fault), *also_held])))
+    scheduler = _scheduler(plan, optimizer, epochs * len(batches))
+    return Setting(net, data, batches, optimizer, scheduler, last_epoch(spec, epochs, len(batches)))
 
 
 def _optimizer(spec: Spec, parameters: list[nn.Parameter]) -> Optimizer:
@@ -108,6 +119,9 @@ def run(spec: Spec) -> dict[str, Any]:
         results = train_watched(spec)
     setting = prepare(spec)
     losses = results.pop("losses")
+    results.pop("suspects", None)
+    if spec.remedy != "none":
+        results["wrong_labels"] = wrong_labels(setting.data, load(spec.data))
     return {
         "key": spec.key,
         "spec": asdict(spec),
@@ -124,9 +138,12 @@ def run(spec: Spec) -> dict[str, Any]:
 def train_plain(spec: Spec) -> list[float]:
     """The training loss of each step; ends where it is no number any more."""
     net, _, batches, optimizer, scheduler, epochs = prepare(spec)
+    clip = treated(spec).clip
     losses: list[float] = []
+    batch: tuple[Tensor, Tensor] | None = None
     for step, (images, targets) in enumerate(_passes(batches, epochs)):
-        images, targets = change_batch(images, targets, step, spec.fault)
+        batch = treat_batch(change_batch(images, targets, step, spec.fault), step, spec, batch)
+        images, targets = batch
         with torch.autocast("cpu", torch.bfloat16, enabled=spec.precision == "bf16"):
             loss = loss_of(net(images), targets)
         losses.append(float(loss.detach()))
@@ -134,8 +151,8 @@ def train_plain(spec: Spec) -> list[float]:
             break
         optimizer.zero_grad()
         loss.backward()
-        if spec.clip:
-            nn.utils.clip_grad_norm_(net.parameters(), spec.clip)
+        if clip:
+            nn.utils.clip_grad_norm_(net.parameters(), clip)
         optimizer.step()
         if scheduler is not None:
             scheduler.step()

@@ -18,6 +18,7 @@ from benchmarks.diagnosis.census import census
 from benchmarks.diagnosis.faults import change_batch, fault_of
 from benchmarks.diagnosis.spec import Spec
 from benchmarks.diagnosis.train import Setting, loss_of, prepare
+from benchmarks.diagnosis.treatment import treat_batch, treated
 from lightning_interp import Alerts, Influence
 from lightning_interp.callbacks.session import Session
 
@@ -31,6 +32,7 @@ class Module(pl.LightningModule):
         self.losses: list[float] = []
         self.val_losses: list[float] = []
         self.counts: list[list[float]] = []
+        self.treated: tuple[Tensor, Tensor] | None = None  # the last batch
 
     def forward(self, images: Tensor) -> Tensor:
         """Scores, (N, outputs)."""
@@ -38,7 +40,9 @@ class Module(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """The loss of a batch."""
-        images, targets = change_batch(*batch, len(self.losses), self.spec.fault)
+        step = len(self.losses)
+        changed = change_batch(*batch, step, self.spec.fault)
+        images, targets = self.treated = treat_batch(changed, step, self.spec, self.treated)
         loss = loss_of(self(images), targets)
         self.losses.append(float(loss.detach()))
         return loss
@@ -70,12 +74,13 @@ def train_watched(spec: Spec) -> dict[str, Any]:
     _be_quiet()
     setting = prepare(spec)
     module, before, alerts = Module(spec, setting), models.weights(setting.net), Alerts()
+    watch = _label_watch(spec)
     trainer = pl.Trainer(
         max_epochs=setting.epochs,
         accelerator="cpu",
         precision="bf16-mixed" if spec.precision == "bf16" else "32-true",
-        gradient_clip_val=spec.clip or None,
-        callbacks=[alerts, *_label_watch(spec)],
+        gradient_clip_val=treated(spec).clip or None,
+        callbacks=[alerts, *watch],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -91,7 +96,8 @@ def train_watched(spec: Spec) -> dict[str, Any]:
         "val_losses": [loss if math.isfinite(loss) else None for loss in module.val_losses],
         "counts": module.counts,
         "still": [name for name, weight in after.items() if torch.equal(weight, before[name])],
-        "watched_labels": bool(_label_watch(spec)),
+        "watched_labels": bool(watch),
+        "suspects": [index for callback in watch for index in callback._watch.rank(len(data.images)).indices.tolist()],
         "alerts": [brief(asdict(alert)) for alert in alerts.history],
         "history": Session.of(trainer).history.state_dict(),
     }
@@ -99,12 +105,17 @@ def train_watched(spec: Spec) -> dict[str, Any]:
 
 def brief(alert: dict[str, Any]) -> dict[str, Any]:
     """What the score needs of an alert."""
-    names = ("rule", "severity", "status", "layer", "step", "value", "cause", "message", "advice")
+    names = ("rule", "severity", "status", "layer", "step", "cause", "message", "advice")
     kept = {name: alert[name] for name in names}
-    return kept | {"value": alert["value"] if math.isfinite(alert["value"]) else None}
+    evidence = {name: _finite(value) for name, value in alert["evidence"].items()}
+    return kept | {"value": _finite(alert["value"]), "evidence": evidence}
 
 
-def _label_watch(spec: Spec) -> list[pl.Callback]:
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _label_watch(spec: Spec) -> list[Influence]:
     """For runs with wrong labels, and for the healthy ones that they are compared with."""
     fault = fault_of(spec.fault)
     wanted = fault.watch_labels if fault else spec.trait == "none" and spec.data == "digits" and spec.seed == 0

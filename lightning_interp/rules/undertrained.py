@@ -7,10 +7,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from lightning_interp._options import check_at_least, check_number
-from lightning_interp.rules._curve import Forecast, forecast
+from lightning_interp.rules._curve import Forecast
 from lightning_interp.rules._evidence import (
     RELAXED,
     broken_since,
@@ -19,6 +17,7 @@ from lightning_interp.rules._evidence import (
     reference_loss,
     steps_done,
 )
+from lightning_interp.rules._forecast import forecast_of
 from lightning_interp.rules.alert import Alert
 from lightning_interp.rules.history import History
 from lightning_interp.rules.learning_rate_too_high import explains_loss
@@ -31,13 +30,15 @@ SOURCE = "Power law of learning curves, Hestness et al. 2017, Kaplan et al. 2020
 
 @dataclass(frozen=True)
 class UndertrainedRule(Rule):
-    """With `horizon` times the steps the loss would fall by more than `fall` of all that can be had.
+    """With `horizon` times the steps the loss would fall by more than `fall` of what a guess has.
 
     L(t) = c + a t^-b, with c >= 0, is fitted to the training loss of the last half (see `forecast`), and
 
-        (L(T) - L(horizon T)) / (L0 - L(horizon T)) > fall,   L0 = ln C or the first loss, the smaller one,
+        (L(T) - L(horizon T)) / L0 > fall,   L0 = ln C or the first loss, the smaller one,
 
-    and the fall within the last half is no matter of noise (`certainty`). Said as a warning when the training has ended
+    and the fall within the last half is no matter of noise (`certainty`). Time t is the work done, the learning rate
+    summed up (see `work_done`): a loss that is flat because the rate has decayed has found no floor, and a schedule
+    three times as long has three times the work in it. Said as a warning when the training has ended
     as planned, and as information from `from_part` of the planned steps on. Not said if the loss is NaN, or if a
     too-high rate or deaths (`dead` of a layer) explain a high loss; if the rate is too low, that is given as the
     cause. Without a cross-entropy L0 is the first loss.
@@ -49,7 +50,7 @@ class UndertrainedRule(Rule):
     Source: learning curves as power laws, Hestness et al. 2017, Kaplan et al. 2020; the threshold is a proposal.
 
     Attributes:
-        fall: Part of the attainable fall that must still lie ahead.
+        fall: Part of ln C, or of the first loss, by which it must still fall.
         horizon: How many times longer the training is thought.
         from_part: Part of the planned steps from which it is mentioned.
         dead: Dead share of a layer that explains a high loss, in [0, 1].
@@ -63,7 +64,7 @@ class UndertrainedRule(Rule):
         "learning_rate",
     )  # fmt: skip
 
-    fall: float = 0.2
+    fall: float = 0.12
     horizon: float = 3.0
     from_part: float = 0.9
     dead: float = 0.25
@@ -85,21 +86,13 @@ class UndertrainedRule(Rule):
             return
         if broken_since(history) is not None or largest_dead(history) >= self.dead or explains_loss(history):
             return
-        seen = self._forecast(history)
-        if seen is None or reference <= seen.later or seen.certainty < self.certainty:
+        seen = forecast_of(history, self.horizon, self.min_points)
+        if seen is None or seen.certainty < self.certainty:
             return
-        part = (seen.now - seen.later) / (reference - seen.later)
+        part = (seen.now - seen.later) / reference
         if part <= self.fall * (RELAXED if (self.name, None) in active else 1.0):
             return
         yield self._alert(history, seen, part, reference)
-
-    def _forecast(self, history: History) -> Forecast | None:
-        points = finite_points(history.get("loss"))
-        half = [point for point in points if 2 * (point.step + 1) > steps_done(history)]
-        if len(half) < self.min_points:
-            return None
-        steps = np.array([point.step + 1.0 for point in half])
-        return forecast(steps, np.array([point.value for point in half]), horizon=self.horizon)
 
     def _alert(self, history: History, seen: Forecast, part: float, reference: float) -> Alert:
         apart, separation = _separation(history)
@@ -126,6 +119,7 @@ class UndertrainedRule(Rule):
                 "reference_loss": reference,
                 "exponent": seen.exponent,
                 "steps": float(steps_done(history)),
+                "advised_steps_factor": self.horizon,
                 **separation,
             },
             alternatives=["too few steps"] if slow else ["learning rate too low"],

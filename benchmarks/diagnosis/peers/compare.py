@@ -1,0 +1,34 @@
+"""`python -m benchmarks.diagnosis peers DIR`: a sample of the finished runs, trained anew with the peers on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.diagnosis.labels import label_all
+from benchmarks.diagnosis.peers import table
+from benchmarks.diagnosis.peers.observe import run
+from benchmarks.diagnosis.peers.sample import sample
+from benchmarks.diagnosis.runner import Record, read_records, run_all
+from benchmarks.diagnosis.spec import Spec
+
+LINES = "peers.jsonl"
+
+
+def compare(
+    directory: Path,
+    *,
+    count: int = 200,
+    jobs: int = 2,
+    hours: float = 4.0,
+    train: Callable[[Spec], Record] = run,
+) -> tuple[str, int]:
+    """Trains what is missing in `DIR/peers.jsonl`.
+
+    Returns:
+        The tables, and how many runs failed.
+    """
+    chosen = sample(label_all(read_records(directory)), count)
+    specs = [labelled.spec for labelled in chosen]
+    failed = run_all(specs, directory, jobs=jobs, hours=hours, train=train, name=LINES)
+    return table.report(chosen, read_records(directory, LINES)), failed
