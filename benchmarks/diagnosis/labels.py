@@ -14,6 +14,7 @@ from benchmarks.diagnosis.faults import FAULTS
 from benchmarks.diagnosis.spec import Spec
 
 Label = bool | None
+LEARNABLE = 0.8  # part of the guess: where no rate gets below it, progress means nothing
 RATE_RULES = ("learning_rate_too_high", "learning_rate_too_low", "undertrained")
 LABELLED = (
     "non_finite", "bad_start", *RATE_RULES, "dead_filters", "dormant_units", "untrained_layer", "overfitting",
@@ -150,12 +151,14 @@ def label_all(records: Iterable[Mapping[str, Any]], plan: Mapping[str, str] | No
 def _rungs(
     runs: list[tuple[Spec, dict[str, Any]]],
 ) -> tuple[float | None, dict[float, float], dict[float, dict[str, Label]]]:
-    """The best loss of the long versions, the progress of each rate, and the labels; nothing if all were lost."""
+    """The best loss of the long versions, the progress of each rate, and the labels; nothing if none learned."""
     finals = {long: {spec.rate: record for spec, record in runs if spec.long == long} for long in (False, True)}
     reached = [record["final"] for record in finals[True].values() if record["final"] is not None]
     if not reached:
         return None, {}, {}
     best = min(reached)
+    if best > LEARNABLE * runs[0][1]["guess"]:
+        return None, {}, {}
     short, long = (
         {rate: progress(record["final"], record["guess"], best) for rate, record in finals[kind].items()}
         for kind in (False, True)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.diagnosis.cells import is_held_out
 from benchmarks.diagnosis.labels import LABELLED, Labelled, label_all
 from benchmarks.diagnosis.score import (
     Interval,
@@ -25,8 +26,15 @@ MAX_FAILURES = 400
 def report(records: Iterable[Mapping[str, Any]], plan: Mapping[str, str] | None = None) -> str:
     """All tables, from the lines of the runs; `plan` as in `label_all`."""
     records = list(records)
-    runs = label_all(records, plan)
+    records = [record for record in records if plan is None or record["key"] in plan]
+    everything = label_all(records, plan)
+    runs = [run for run in everything if not is_held_out(run.spec)]
+    held_out = [run for run in everything if is_held_out(run.spec)]
     parts = [
+        _summary(everything, records),
+        "# Networks, data and optimizers on which no threshold was chosen" if held_out else "",
+        *([_summary(held_out, records), _rules(held_out), _failures(held_out)] if held_out else []),
+        "# Those on which they were chosen",
         _summary(runs, records),
         _rules(runs),
         _architectures(runs),
@@ -34,7 +42,7 @@ def report(records: Iterable[Mapping[str, Any]], plan: Mapping[str, str] | None 
         _faults(runs),
         _failures(runs),
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
 
 
 def percent(interval: Interval) -> str:

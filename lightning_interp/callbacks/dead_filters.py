@@ -17,6 +17,7 @@ from lightning_interp.callbacks.session import Session
 from lightning_interp.callbacks.window import Window
 from lightning_interp.functional.lifelines import FilterEvent, Lifelines
 from lightning_interp.functional.tracing import Unit
+from lightning_interp.functional.units import pruned_filters
 from lightning_interp.records import Text
 from lightning_interp.render.markdown import escape
 
@@ -45,7 +46,13 @@ class DeadFilters(InterpCallback):
     """
 
     provides: ClassVar[tuple[str, ...]] = ("dead_filters", "dead_fraction", "dormant_fraction", "cost")
-    measures: ClassVar[tuple[str, ...]] = ("dead_filters", "dead_fraction", "dormant_fraction", "num_filters")
+    measures: ClassVar[tuple[str, ...]] = (
+        "dead_filters",
+        "dead_fraction",
+        "dormant_fraction",
+        "num_filters",
+        "pruned_dead",
+    )
 
     def __init__(  # noqa: PLR0913 - options, by keyword
         self,
@@ -283,6 +290,8 @@ class DeadFilters(InterpCallback):
         news: list[FilterEvent] = []
         for layer, mask in dead.items():
             self.notebook(trainer).note("num_filters", mask.numel(), layer=layer)
+            if (pruned := pruned_filters(session.observer.model, layer)) is not None:
+                self.notebook(trainer).note("pruned_dead", float((mask & pruned).sum()), layer=layer)
             news += self.lifelines.update(layer, mask.nonzero().flatten().tolist(), step=step, first=first)
         if session.owns_history(self):
             session.dead = self.dead

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_interp.functional import ops
 from lightning_interp.functional.layout import Layout
@@ -107,3 +107,21 @@ def sum_unit(units: dict[str, Unit], layers: frozenset[str], channels: int, *, n
         name = f"{base}#{next(taken)}"
     units[name] = Unit(name, "sum", channels, layers=layers)
     return name
+
+
+def pruned_filters(model: nn.Module, layer: str) -> Tensor | None:
+    """The filters of a layer that `torch.nn.utils.prune` has taken out whole: dead on purpose.
+
+    Args:
+        model: Holds the layer.
+        layer: Its name in `named_modules()`; the block of a residual sum has no mask.
+
+    Returns:
+        (C,) of bool on the CPU, or None without a mask.
+    """
+    module = dict(model.named_modules()).get(layer)
+    mask = getattr(module, "weight_mask", None)
+    if not isinstance(mask, Tensor):
+        return None
+    axis = 1 if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d) else 0
+    return (mask.detach().transpose(0, axis).flatten(1) == 0).all(1).cpu()

@@ -26,6 +26,7 @@ class Jump(NamedTuple):
             compared with the first one, which is all there is when the loss was not recognised.
         rate_factor: Part of the learning rate that a quadratic model of the loss would take, 1 / (2 (1 - step ratio)),
             within [0.01, 0.5]; 0.1 where there is no step ratio of the update that did it.
+        overshoots: Share of the updates that raised the loss of their own batch, if that is all that is known; else 0.
     """
 
     factor: float
@@ -200,6 +201,16 @@ def _overshoots(history: History, end: int) -> Jump | None:
     before, after = history.get("loss_before"), dict(finite_points(history.get("loss_after")))
     factors = [_ratio(after[step], value) for step, value in finite_points(before) if step in after and step < end]
     return Jump(max(factors, default=1.0), risen[0][0], True, _rate_factor([risen[0][1]]), len(risen) / len(early))
+
+
+def any_overshoot(history: History) -> Jump | None:
+    """The worst update that raised the loss of its own batch, at any time; None if none did."""
+    ratios = finite_points(history.get("step_ratio"))
+    worst = min(ratios, key=lambda point: point.value, default=None)
+    if worst is None or worst.value >= 0:
+        return None
+    share = sum(point.value < 0 for point in ratios) / len(ratios)
+    return Jump(1.0, worst.step, True, _rate_factor([worst.value]), share)
 
 
 def _logged_jump(history: History, end: int, *, with_nan: bool) -> tuple[float, int]:

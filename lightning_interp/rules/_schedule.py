@@ -60,7 +60,7 @@ def work_done(history: History, steps: Sequence[int]) -> NDArray[np.float64]:
     areas = np.concatenate([[0.0], np.cumsum(np.diff(knots) * (rates[1:] + rates[:-1]) / 2)])
     last = np.searchsorted(knots, at, side="right") - 1
     total: NDArray[np.float64] = areas[last] + (at - knots[last]) * (rates[last] + rates_at(history, at)) / 2
-    return rates[0] + total
+    return np.asarray(rates[0] + total, dtype=np.float64)
 
 
 def still_rising(history: History) -> bool:

@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 from lightning_interp._options import check_number
 from lightning_interp.errors import ArgumentError
-from lightning_interp.rules._evidence import early_jump, finite_points, inputs_off, level, severity_of
+from lightning_interp.rules._evidence import early_jump, finite_points, inputs_off, level, severity_of, started_badly
 from lightning_interp.rules.alert import Severity
 from lightning_interp.rules.history import History
 from lightning_interp.rules.rule import Key
 
+BAD_START = 3.0  # as in `BadStartRule.factor`
 Thresholds = tuple[float, float, float]
 
 
@@ -21,7 +22,8 @@ class Share(NamedTuple):
     Attributes:
         layer: Its name.
         severity: Reached by `now`.
-        now: Smaller one of the shares of the last two windows, in [0, 1].
+        now: Smaller one of the shares of the last two windows (at the end: the last one), in [0, 1], without filters
+            that were pruned.
         born: Share in the window before the first update; None if that was not seen.
         since: Step of the first window from which on the share never fell below the lowest threshold.
         cause: Likeliest cause, None if unknown.
@@ -51,12 +53,16 @@ def find_shares(
     history: History, quantity: str, rule: str, thresholds: Thresholds, active: Collection[Key]
 ) -> Iterator[Share]:
     """The layers of which a threshold was reached in two windows running."""
-    jumped = early_jump(history) is not None
+    # After a bad start the loss leaps because of it, whatever the rate.
+    jumped = early_jump(history) is not None and not started_badly(history, BAD_START)
     for layer in history.layers(quantity):
         points = finite_points(history.get(quantity, layer))
         if len(points) < 2:
             continue
-        now = min(points[-1].value, points[-2].value)
+        # At the end no second window will follow that could bear the last one out.
+        now = points[-1].value if history.finished else min(points[-1].value, points[-2].value)
+        if quantity == "dead_fraction":
+            now -= history.fact("pruned_dead", 0.0, layer) / history.fact("num_filters", 1.0, layer)
         severity = level(now, thresholds, severity_of(active, (rule, layer)))
         if now <= 0 or severity is None:
             continue

@@ -36,6 +36,7 @@ update stands at step 0.
 | `trainable` | yes | 1 if a parameter of the layer has `requires_grad=True`, else 0 |
 | `in_optimizer` | yes | 1 if an optimizer holds a parameter of the layer, else 0 |
 | `num_filters` | yes | filters (units) of the layer |
+| `pruned_dead` | yes | dead filters of the layer that pruning took out whole |
 """
 
 from __future__ import annotations

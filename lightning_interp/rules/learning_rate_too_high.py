@@ -12,6 +12,7 @@ from lightning_interp.rules._evidence import (
     OVERSHOOT_SHARE,
     Death,
     Jump,
+    any_overshoot,
     batch_jump,
     broken_since,
     collapsed_to,
@@ -26,6 +27,7 @@ from lightning_interp.rules._evidence import (
     started_badly,
     steps_done,
 )
+from lightning_interp.rules._forecast import forecast_of
 from lightning_interp.rules._spikes import find_spike
 from lightning_interp.rules.alert import Alert, Severity
 from lightning_interp.rules.history import History
@@ -33,24 +35,27 @@ from lightning_interp.rules.rule import Key, Rule
 
 HELD = 0.6  # part of its thresholds under which an alert that is up is taken back: a failing run wavers much
 BEFORE_NAN = 20  # steps before a NaN that are searched for its beginning
+_LONGER = 3.0  # times the steps, as in `UndertrainedRule.horizon`
 _SPIKE = 2.0  # as in `GradientSpikeRule.factor`
 SOURCE = "Lewkowycz et al. 2020 (catapult), Meltzer et al. 2023 (dead units grow with the rate); thresholds measured"
 
 
 @dataclass(frozen=True)
 class LearningRateTooHighRule(Rule):
-    """The early jump of the loss, which a too-high rate can't hide, and its lasting damage.
+    """The marks of a too-high rate in the first steps, which it can't hide, and their lasting damage.
 
-    The start was sound (see `bad_start`), and in the first `early_steps` steps (under a warm-up: up to so many steps
-    after its end) `loss_after / loss_before > jump` on one batch, or `loss / first loss > logged_jump`. With it
+    The start was sound (see `bad_start`). A *mark* is, in the first `early_steps` steps (under a warm-up: up to so
+    many steps after its end), `loss_after / loss_before > jump` on one batch, or `loss / first loss > logged_jump`, or
+    a fifth or more of the updates that raised the loss of their own batch (step ratio < 0); or, without any of these,
+    a dead share of a layer that rose by more than `dead_gain` in a run in which some step overshot. With a mark
 
-    - the loss is no number any more, or is still above `recovered` of ln C at step `judge_step`: critical;
-    - or the dead share of a layer rose by more than `dead_gain`: warning;
-    - or neither: information, a "catapult"; often such runs generalise well.
-
-    The same damage is also blamed on the rate if a fifth or more of these first updates raised the loss of their own
-    batch (step ratio < 0), however little: some rates kill the units before the loss can leap. Without damage that is
-    not mentioned, since the edge of stability is a normal place to be.
+    - the loss is no number any more, or is above `recovered` of ln C at step `judge_step` with a layer killed
+      (`dead_gain`), or from `late_step` on in any case: critical;
+    - or it is above `hampered` of that from `late_step` on, after a jump and with a layer killed; above `halfway` of
+      it when half of the planned steps are done; above `at_end` of it when they are all done, and three times the
+      steps would not bring it below `hopeless`: a warning;
+    - or none of it: information, a "catapult"; often such runs generalise well. Overshoots and deaths alone are not
+      mentioned: the edge of stability is a normal place to be, and of dead filters `dead_filters` speaks.
 
     It is also critical if a NaN was preceded, within 20 steps, by such a jump of one batch: a bad batch would have had
     its high loss before the update; and if a cross-entropy that had been below ln C / 2 is back above `recovered` ln C.
@@ -60,15 +65,22 @@ class LearningRateTooHighRule(Rule):
     cross-entropy the first loss stands for ln C; where the loss function was not recognised there is no
     `loss_after`, and the logged loss decides alone (`evidence["same_batch"]` is then 0).
 
-    Source: measured on 26 too-high, 42 healthy and 56 otherwise faulty runs: found 26, 4 and 0 (the 4 had lost 28 to
-    64 % of the units of a layer). Catapult: Lewkowycz et al. 2020. Deaths: Meltzer et al. 2023.
+    The advice is the part of the rate that a parabola through the step that did it would take, within [0.01, 0.5], as
+    `evidence["advised_rate_factor"]`.
+
+    Source: catapult, Lewkowycz et al. 2020. Deaths grow with the rate, Meltzer et al. 2023. MEASURED_TOO_HIGH
 
     Attributes:
         jump: Growth of the loss of one batch by its own update.
         logged_jump: Growth of the logged loss over the first one.
         early_steps: Steps that are looked at.
         judge_step: Step by which the loss should have come down.
+        late_step: Step from which it is expected whatever the network.
         recovered: Part of ln C (or of the first loss) below which it has.
+        hampered: The same from `late_step` on, where a layer was killed by a jump.
+        halfway: The same when half of the planned steps are done.
+        at_end: The same at the end.
+        hopeless: The same that three times the steps should reach.
         dead_gain: Growth of the dead share of a layer, in [0, 1].
         bad_start: Multiple of ln C from which the start is to blame.
     """
@@ -83,12 +95,17 @@ class LearningRateTooHighRule(Rule):
     logged_jump: float = 3.0
     early_steps: int = 20
     judge_step: int = 60
+    late_step: int = 100
     recovered: float = 0.9
+    hampered: float = 0.65
+    halfway: float = 0.6
+    at_end: float = 0.4
+    hopeless: float = 0.3
     dead_gain: float = 0.25
     bad_start: float = 3.0
 
     def __post_init__(self) -> None:
-        for argument, low in (("jump", 1.0), ("logged_jump", 1.0), ("recovered", 0.0), ("bad_start", 1.0)):
+        for argument, low in (("jump", 1.0), ("logged_jump", 1.0), ("bad_start", 1.0)):
             check_number(argument, getattr(self, argument), low=low, high=math.inf)
         check_number("dead_gain", self.dead_gain, low=0, high=1)
         check_at_least("early_steps", self.early_steps, 1)
@@ -96,35 +113,60 @@ class LearningRateTooHighRule(Rule):
 
     def check(self, history: History, active: Collection[Key]) -> Iterable[Alert]:
         """One alert for the run, or none."""
-        held = severity_of(active, (self.name, None))
-        level = self.recovered * (HELD if held == "critical" else 1.0)
+        relaxed = HELD if is_problem(severity_of(active, (self.name, None))) else 1.0
         broken = broken_since(history)
         jump = self.find_jump(history, broken)
+        worst = max(deaths(history), key=lambda death: death.gain, default=Death("", 0.0, 0.0))
+        killed = worst.gain > self.dead_gain * relaxed
+        if jump is None and killed and not started_badly(history, self.bad_start):
+            jump = any_overshoot(history)
         if jump is None:
-            yield from self._collapsed(history, level)
+            yield from self._collapsed(history, self.recovered * relaxed)
             return
         loss, reference = recent_loss(history), _lost_level(history)
-        judged = history.finished or steps_done(history) >= self.judge_step + max(0, jump.step - self.early_steps)
-        stuck = judged and loss is not None and reference is not None and loss > level * reference
-        worst = max(deaths(history), key=lambda death: death.gain, default=Death("", 0.0, 0.0))
-        killed = worst.gain > self.dead_gain * (HELD if is_problem(held) else 1.0)
-        damage = broken is not None or stuck or killed
-        if not damage and (not judged or jump.overshoots):
+        if broken is not None:
+            severity: Severity = "critical"
+        elif loss is None or reference is None:
             return
-        severity: Severity = "critical" if broken is not None or stuck else "warning" if killed else "info"
-        outcome = _outcome(broken, loss if stuck else None, reference, worst if killed else None)
+        else:
+            severity = self._severity(history, jump, killed, loss / (reference * relaxed))
+            judged = history.finished or steps_done(history) >= self.judge_step
+            if severity == "info" and (not judged or jump.overshoots):
+                return
+        bad = is_problem(severity)
+        outcome = _outcome(broken, loss if bad else None, reference, worst if killed else None)
         yield Alert(
             rule=self.name,
             severity=severity,
             value=jump.overshoots or jump.factor,
             threshold=OVERSHOOT_SHARE if jump.overshoots else self.jump if jump.same_batch else self.logged_jump,
-            cause="learning rate" if severity != "info" else "catapult",
+            cause="learning rate" if bad else "catapult",
             message=f"{_describe(jump)}{outcome}.",
             advice=_advice(history, jump, severity),
-            evidence=_evidence(history, jump, worst),
+            evidence=_evidence(history, jump, worst) | ({"advised_rate_factor": jump.rate_factor} if bad else {}),
             alternatives=["a bad batch or a loss that can overflow"] if broken is not None else [],
             source=SOURCE,
         )
+
+    def _severity(self, history: History, jump: Jump, killed: bool, part: float) -> Severity:
+        """How bad it is that the loss is this part of what nothing learned means."""
+        done, planned = steps_done(history), history.fact("planned_steps", math.inf)
+        later = max(0, jump.step - self.early_steps)
+        leapt = not jump.overshoots
+        stuck = part > self.recovered
+        if stuck and (history.finished or done >= self.late_step + later):
+            return "critical"
+        if stuck and killed and leapt and done >= self.judge_step + later:
+            return "critical"
+        if part > self.hampered and killed and leapt and done >= self.late_step + later:
+            return "warning"
+        if part > self.halfway and done >= max(planned / 2, self.late_step + later):
+            return "warning"
+        if history.finished and part > self.at_end and killed:
+            seen = forecast_of(history, _LONGER)
+            if seen is None or seen.later > self.hopeless * seen.now / part:
+                return "warning"
+        return "info"
 
     def find_jump(self, history: History, broken: int | None) -> Jump | None:
         """The early jump, or the one that ended in a NaN; None if there is none or the start is to blame."""
@@ -175,7 +217,7 @@ def _describe(jump: Jump) -> str:
     if not math.isfinite(jump.factor):
         return f"The loss was NaN or infinite right after step {jump.step}"
     if jump.overshoots:
-        return f"{jump.overshoots:.0%} of the first updates raised the loss of their own batch"
+        return f"{jump.overshoots:.0%} of the updates raised the loss of their own batch"
     grew = f"grew {jump.factor:.3g} times"
     if jump.same_batch:
         return f"At step {jump.step} the loss of one batch {grew} through its own update"
@@ -187,7 +229,7 @@ def _outcome(broken: int | None, stuck: float | None, reference: float | None, k
         return f", and it is no number since step {broken}"
     parts = []
     if stuck is not None:
-        parts.append(f"it is still {stuck:.3g} where nothing learned means {reference:.3g}")
+        parts.append(f"it is {stuck:.3g} where nothing learned means {reference:.3g}")
     if killed is not None:
         parts.append(f"{killed.gain:.0%} of the filters of {killed.layer} died since the start")
     return f", and {' and '.join(parts)}" if parts else ", and then it recovered (a catapult)"

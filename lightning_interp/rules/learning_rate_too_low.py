@@ -75,7 +75,7 @@ class LearningRateTooLowRule(Rule):
     blow_up: float = 1.5
     dead: float = 0.25
     update_ratio: float = 1e-4
-    from_part: float = 0.5
+    from_part: float = 0.75
     enough_steps: int = 1000
     min_steps: int = 200
     min_probes: int = 4

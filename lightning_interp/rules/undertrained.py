@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,6 +14,7 @@ from lightning_interp.rules._evidence import (
     RELAXED,
     broken_since,
     finite_points,
+    guess_loss,
     largest_dead,
     reference_loss,
     steps_done,
@@ -24,6 +26,7 @@ from lightning_interp.rules.learning_rate_too_high import explains_loss
 from lightning_interp.rules.learning_rate_too_low import LearningRateTooLowRule
 from lightning_interp.rules.rule import Key, Rule
 
+_PROBES = 4
 _RISING = 0.005  # of the points: less is noise, with the hundreds of points that are usual
 SOURCE = "Power law of learning curves, Hestness et al. 2017, Kaplan et al. 2020; the threshold is a proposal"
 
@@ -34,7 +37,7 @@ class UndertrainedRule(Rule):
 
     L(t) = c + a t^-b, with c >= 0, is fitted to the training loss of the last half (see `forecast`), and
 
-        (L(T) - L(horizon T)) / L0 > fall,   L0 = ln C or the first loss, the smaller one,
+        (L(T) - L(horizon T)) / L0 > fall,   L0 = ln C, or the first loss where there is no cross-entropy,
 
     and the fall within the last half is no matter of noise (`certainty`). Time t is the work done, the learning rate
     summed up (see `work_done`): a loss that is flat because the rate has decayed has found no floor, and a schedule
@@ -42,6 +45,9 @@ class UndertrainedRule(Rule):
     as planned, and as information from `from_part` of the planned steps on. Not said if the loss is NaN, or if a
     too-high rate or deaths (`dead` of a layer) explain a high loss; if the rate is too low, that is given as the
     cause. Without a cross-entropy L0 is the first loss.
+
+    A run may also end on the level where it began, before the fall has set in: above `not_begun` of L0 with steps that
+    are short (median step ratio above `short`) more of them, or longer ones, are due, whatever the curve says.
 
     Where the embedding is measured, the alert says too whether the classes were still moving apart (`knn_accuracy` over
     the last half): evidence, not a condition. Otherwise it speaks of the training loss only. A loss that is near zero
@@ -56,6 +62,8 @@ class UndertrainedRule(Rule):
         dead: Dead share of a layer that explains a high loss, in [0, 1].
         certainty: Standard errors by which the loss must have fallen within the last half.
         min_points: Losses that the last half must have.
+        not_begun: Part of ln C (or of the first loss, the smaller one) above which nothing was learned yet.
+        short: Median step ratio from which the steps were short.
     """
 
     name: ClassVar[str] = "undertrained"
@@ -64,15 +72,17 @@ class UndertrainedRule(Rule):
         "learning_rate",
     )  # fmt: skip
 
-    fall: float = 0.12
+    fall: float = 0.08
     horizon: float = 3.0
     from_part: float = 0.9
     dead: float = 0.25
-    certainty: float = 4.0
+    certainty: float = 2.5
     min_points: int = 16
+    not_begun: float = 0.9
+    short: float = 0.98
 
     def __post_init__(self) -> None:
-        for argument in ("fall", "from_part", "dead"):
+        for argument in ("fall", "from_part", "dead", "not_begun", "short"):
             check_number(argument, getattr(self, argument), low=0, high=1)
         check_number("horizon", self.horizon, low=1, high=math.inf)
         check_number("certainty", self.certainty, low=0, high=math.inf)
@@ -87,12 +97,17 @@ class UndertrainedRule(Rule):
         if broken_since(history) is not None or largest_dead(history) >= self.dead or explains_loss(history):
             return
         seen = forecast_of(history, self.horizon, self.min_points)
-        if seen is None or seen.certainty < self.certainty:
+        if seen is None:
             return
-        part = (seen.now - seen.later) / reference
-        if part <= self.fall * (RELAXED if (self.name, None) in active else 1.0):
-            return
-        yield self._alert(history, seen, part, reference)
+        part = (seen.now - seen.later) / (guess_loss(history) or reference)
+        falling = part > self.fall * (RELAXED if (self.name, None) in active else 1.0)
+        if (falling and seen.certainty >= self.certainty) or self._not_begun(history, seen.now / reference):
+            yield self._alert(history, seen, part, reference)
+
+    def _not_begun(self, history: History, part: float) -> bool:
+        """Whether the loss has not left its first level, and the steps have been too short for it to do so."""
+        ratios = [point.value for point in finite_points(history.get("step_ratio"))]
+        return part > self.not_begun and len(ratios) >= _PROBES and statistics.median(ratios) > self.short
 
     def _alert(self, history: History, seen: Forecast, part: float, reference: float) -> Alert:
         apart, separation = _separation(history)
