@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     peers.add_argument("--hours", type=float, default=4.0, help="start no further run after so long")
     cures = commands.add_parser("cure", help="train the faulty runs in DIR anew with the advice of their alerts")
     cures.add_argument("directory", type=Path, metavar="DIR")
+    cures.add_argument("--runs", type=int, default=None, metavar="N", help="so many of them, chosen by their keys")
     cures.add_argument("--rounds", type=int, default=2, help="how often the advice of what is still ill is followed")
     cures.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     cures.add_argument("--hours", type=float, default=4.0, help="start no further run after so long")
@@ -47,11 +48,15 @@ def main() -> int:
         print(report(read_records(options.out), read_plan(options.out)))
         return int(failed > 0)
     if options.command == "peers":
-        tables, failed = compare(options.directory, count=options.runs, jobs=options.jobs, hours=options.hours)
+        tables, failed = compare(
+            options.directory, count=options.runs, jobs=options.jobs, hours=options.hours, count=options.runs
+        )
         print(tables)
         return int(failed > 0)
     if options.command == "cure":
-        tables, failed = cure(options.directory, rounds=options.rounds, jobs=options.jobs, hours=options.hours)
+        tables, failed = cure(
+            options.directory, rounds=options.rounds, jobs=options.jobs, hours=options.hours, count=options.runs
+        )
         print(tables)
         return int(failed > 0)
     records = read_records(options.directory)

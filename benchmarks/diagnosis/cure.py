@@ -28,6 +28,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -158,18 +159,29 @@ def _validates_better(record: Mapping[str, Any], before: Mapping[str, Any]) -> b
     return then in ([], [None]) or now < then
 
 
-def cure(
+def cure(  # noqa: PLR0913 - options, by keyword
     directory: Path,
     *,
     rounds: int = 2,
     jobs: int = 2,
     hours: float = 4.0,
+    count: int | None = None,
     train: Callable[[Spec], Record] | None = None,
 ) -> tuple[str, int]:
-    """Trains what is missing in `cures.jsonl`, and returns the tables and how many runs failed."""
+    """Trains what is missing in `cures.jsonl`, and returns the tables and how many runs failed.
+
+    Args:
+        directory: Of a finished suite.
+        rounds: How often the advice of what is still ill is followed.
+        jobs: Processes.
+        hours: No run is started later than this.
+        count: So many faulty runs, chosen by their keys; None for all.
+        train: From a specification to its record; by default `train.run`.
+    """
     records, end, failed = read_records(directory), time.monotonic() + 3600 * hours, 0
     runs = label_all(records, read_plan(directory))
-    faulty = [run for run in runs if run.faulty]
+    faulty = sorted((run for run in runs if run.faulty), key=lambda run: sha256(run.spec.key.encode()).digest())
+    faulty = faulty[:count]
     judged = zip(faulty, replay((run.record for run in faulty), directory), strict=True)
     patients = [Patient(replace(run, record=record)) for run, record in judged]
     judge, ill = Judge(records, runs), patients

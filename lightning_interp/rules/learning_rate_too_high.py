@@ -49,8 +49,8 @@ class LearningRateTooHighRule(Rule):
     a fifth or more of the updates that raised the loss of their own batch (step ratio < 0); or, without any of these,
     a dead share of a layer that rose by more than `dead_gain` in a run in which some step overshot. With a mark
 
-    - the loss is no number any more, or is above `recovered` of ln C at step `judge_step` with a layer killed
-      (`dead_gain`), or from `late_step` on in any case: critical;
+    - the loss is no number any more; or it is above `recovered` of ln C with a layer killed (`dead_gain`) from
+      `late_step` on, after a jump from `judge_step` on; or above all of it after a jump from `late_step` on: critical;
     - or it is above `hampered` of that from `late_step` on, after a jump and with a layer killed; above `halfway` of
       it when half of the planned steps are done; above `at_end` of it when they are all done, and three times the
       steps would not bring it below `hopeless`: a warning;
@@ -154,14 +154,16 @@ class LearningRateTooHighRule(Rule):
         later = max(0, jump.step - self.early_steps)
         leapt = not jump.overshoots
         stuck = part > self.recovered
-        if stuck and (history.finished or done >= self.late_step + later):
+        late = history.finished or done >= self.late_step + later
+        if stuck and killed and (late or (leapt and done >= self.judge_step + later)):
             return "critical"
-        if stuck and killed and leapt and done >= self.judge_step + later:
+        # A hard task may take long to be learned at any rate: without a death only a loss above that of a guess counts.
+        if leapt and late and part > 1:
             return "critical"
-        if part > self.hampered and killed and leapt and done >= self.late_step + later:
+        if part > self.hampered and killed and leapt and late:
             return "warning"
-        if part > self.halfway and done >= max(planned / 2, self.late_step + later):
-            return "warning"
+        if part > self.halfway and (leapt or killed) and done >= max(planned / 2, self.late_step + later):
+            return "critical" if stuck else "warning"
         if history.finished and part > self.at_end and killed:
             seen = forecast_of(history, _LONGER)
             if seen is None or seen.later > self.hopeless * seen.now / part:

@@ -23,6 +23,8 @@ from lightning_interp.rules._schedule import rates_at, still_rising
 from lightning_interp.rules.alert import Alert
 from lightning_interp.rules.history import History
 from lightning_interp.rules.rule import Key, Rule
+from lightning_interp.rules.suspect_labels import SuspectLabelsRule
+from lightning_interp.rules.vanishing_gradient import VanishingGradientRule
 
 SOURCE = "Trust-region ratio of the update; Schneider et al. 2021 (alpha = 1 - 2 ratio); thresholds measured"
 BLOW_UP_STEPS = 50
@@ -40,8 +42,9 @@ class LearningRateTooLowRule(Rule):
     largest so far (the end of a decay is slow on purpose), at least `min_probes` of them. A plain step ratio near 1 is
     what many good runs begin with, so nothing is said before `from_part` of the planned steps (at most `enough_steps`;
     `min_steps` where no end is planned), and the loss that counts is the one foreseen for the end (see `forecast`).
-    Not said after an early blow-up (loss above `blow_up` times the first one) or a bad start, nor with `dead` or more
-    of a layer dead: then small updates are a consequence; nor while a warm-up is still rising or has just ended.
+    Not said after an early blow-up (loss above `blow_up` times the first one) or a bad start, nor where `dead` or more
+    of a layer is dead, the gradient vanishes or the labels are wrong: then a high loss or small updates are a
+    consequence; nor while a warm-up is still rising or has just ended.
 
     Without a cross-entropy the first loss stands for ln C. Where the loss function was not recognised there is no
     ratio: then the median update ratio of the layers below `update_ratio` is the sign, with a loss still above
@@ -70,7 +73,7 @@ class LearningRateTooLowRule(Rule):
     )  # fmt: skip
     patience: ClassVar[int] = 2
 
-    ratio: float = 0.96
+    ratio: float = 0.92
     loss: float = 0.3
     blow_up: float = 1.5
     dead: float = 0.25
@@ -121,7 +124,10 @@ class LearningRateTooLowRule(Rule):
         first = first_loss(history)
         early = [point.value for point in finite_points(history.get("loss")) if point.step < BLOW_UP_STEPS]
         blew_up = first is not None and max(early, default=0.0) > self.blow_up * first
-        return blew_up or started_badly(history, 3.0) or largest_dead(history) >= self.dead
+        vanishes = any(VanishingGradientRule().check(history, ()))
+        if blew_up or vanishes or any(SuspectLabelsRule().check(history, ())) or started_badly(history, 3.0):
+            return True
+        return largest_dead(history) >= self.dead
 
     def _late(self, history: History, quantity: str, layer: str | None) -> list[float]:
         """The values of the last three quarters, measured at half of the largest rate or more."""
@@ -137,7 +143,7 @@ class LearningRateTooLowRule(Rule):
             severity="warning",
             value=ratio,
             threshold=self.ratio,
-            cause="learning rate",
+            cause="learning rate too low",
             message=(
                 f"Each step brings {ratio:.1%} of what its gradient promises, so the steps are short, and the loss is "
                 f"still going to be {numbers['loss']:.3g} in the end, where nothing learned means "
@@ -156,7 +162,7 @@ class LearningRateTooLowRule(Rule):
             severity="warning" if nothing_learned else "info",
             value=update,
             threshold=self.update_ratio,
-            cause="learning rate",
+            cause="learning rate too low",
             message=(
                 f"An update changes the weights by {update:.1e} of their norm, and the loss is still "
                 f"{numbers['loss']:.3g} where nothing learned means {numbers['reference_loss']:.3g} (the loss function "

@@ -21,11 +21,11 @@ from lightning_interp.rules._evidence import (
 from lightning_interp.rules.alert import Alert
 from lightning_interp.rules.history import History
 from lightning_interp.rules.learning_rate_too_high import explains_loss
-from lightning_interp.rules.learning_rate_too_low import LearningRateTooLowRule
 from lightning_interp.rules.rule import Key, Rule
 
 SOURCE = "Anchor points, Liu and Tao 2016, with the votes of neighbours as judge; thresholds measured"
 _RUNNING = 2  # measurements in a row on which a share must hold
+_AT_END = 3  # measurements that are enough when no more will come
 _LEARNED = 0.9  # part of ln C below which a network has learned something
 
 
@@ -48,12 +48,13 @@ class SuspectLabelsRule(Rule):
     counts, also later on: a wrong label is not right because the network has learned it by heart.
 
     Information instead (a warning when the training has ended), if in all of at least `unrelated_after` measurements
-    the recognition was below `unrelated`: the labels have nothing to do with the images (shuffled, or files and labels
+    (three at the end) the recognition was below `unrelated`: the labels have nothing to do with the images (shuffled, or files and labels
     in different orders), or this network can't see what they have; numbers of the training set can't tell which. It is
     cleared if the network learns such labels by heart so well that its embedding follows them.
 
     Not said if the loss is NaN, or if a too-high rate or deaths (`dead` of a layer) explain what the network does not
-    know; the second kind neither with a too-low rate. Does not depend on the loss function.
+    know. A rate that is too low does not explain it: neighbours know most labels even in an untrained network. Does not
+    depend on the loss function.
 
     Source: anchor points, Liu and Tao 2016, section 5. Measured on 1,797 real digits, small CNNs, 20 epochs, one seed,
     ten recipes (with and without BatchNorm, Adam and SGD, noisy images, imbalanced classes, rates too low and too high;
@@ -111,8 +112,9 @@ class SuspectLabelsRule(Rule):
             if found.share >= limit and found.share > self.certainty * error:
                 yield self._wrong(history, found, measured[-1], error)
                 return
-        low = len(measured) >= self.unrelated_after and max(each.recognition for each in measured) < self.unrelated
-        if low and not any(alert.severity == "warning" for alert in LearningRateTooLowRule().check(history, ())):
+        needed = min(_AT_END, self.unrelated_after) if history.finished else self.unrelated_after
+        low = len(measured) >= needed and max(each.recognition for each in measured) < self.unrelated
+        if low:
             yield self._unrelated(history, measured)
 
     def _wrong(self, history: History, found: _Measured, last: _Measured, error: float) -> Alert:
