@@ -48,9 +48,7 @@ def main() -> int:
         print(report(read_records(options.out), read_plan(options.out)))
         return int(failed > 0)
     if options.command == "peers":
-        tables, failed = compare(
-            options.directory, count=options.runs, jobs=options.jobs, hours=options.hours, count=options.runs
-        )
+        tables, failed = compare(options.directory, count=options.runs, jobs=options.jobs, hours=options.hours)
         print(tables)
         return int(failed > 0)
     if options.command == "cure":

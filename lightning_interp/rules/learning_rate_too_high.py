@@ -49,8 +49,8 @@ class LearningRateTooHighRule(Rule):
     a fifth or more of the updates that raised the loss of their own batch (step ratio < 0); or, without any of these,
     a dead share of a layer that rose by more than `dead_gain` in a run in which some step overshot. With a mark
 
-    - the loss is no number any more; or it is above `recovered` of ln C with a layer killed (`dead_gain`) from
-      `late_step` on, after a jump from `judge_step` on; or above all of it after a jump from `late_step` on: critical;
+    - the loss is no number any more; or it is above `recovered` of ln C from `late_step` on, after a jump or with a
+      layer killed (`dead_gain`); after a jump of one batch, or with both, from `judge_step` on: critical;
     - or it is above `hampered` of that from `late_step` on, after a jump and with a layer killed; above `halfway` of
       it when half of the planned steps are done; above `at_end` of it when they are all done, and three times the
       steps would not bring it below `hopeless`: a warning;
@@ -155,10 +155,10 @@ class LearningRateTooHighRule(Rule):
         leapt = not jump.overshoots
         stuck = part > self.recovered
         late = history.finished or done >= self.late_step + later
-        if stuck and killed and (late or (leapt and done >= self.judge_step + later)):
+        if stuck and late and (killed or leapt):
             return "critical"
-        # A hard task may take long to be learned at any rate: without a death only a loss above that of a guess counts.
-        if leapt and late and part > 1:
+        # A jump of the logged loss alone may be a rough start, and is given until `late_step`.
+        if stuck and leapt and (killed or jump.same_batch) and done >= self.judge_step + later:
             return "critical"
         if part > self.hampered and killed and leapt and late:
             return "warning"

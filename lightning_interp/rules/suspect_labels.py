@@ -48,9 +48,9 @@ class SuspectLabelsRule(Rule):
     counts, also later on: a wrong label is not right because the network has learned it by heart.
 
     Information instead (a warning when the training has ended), if in all of at least `unrelated_after` measurements
-    (three at the end) the recognition was below `unrelated`: the labels have nothing to do with the images (shuffled, or files and labels
-    in different orders), or this network can't see what they have; numbers of the training set can't tell which. It is
-    cleared if the network learns such labels by heart so well that its embedding follows them.
+    (three at the end) the recognition was below `unrelated`: the labels have nothing to do with the images (shuffled,
+    or files and labels in different orders), or this network can't see what they have; numbers of the training set
+    can't tell which. It is cleared if the network learns such labels by heart so well that its embedding follows them.
 
     Not said if the loss is NaN, or if a too-high rate or deaths (`dead` of a layer) explain what the network does not
     know. A rate that is too low does not explain it: neighbours know most labels even in an untrained network. Does not
