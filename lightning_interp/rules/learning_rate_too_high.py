@@ -29,7 +29,7 @@ from lightning_interp.rules._evidence import (
 )
 from lightning_interp.rules._forecast import forecast_of
 from lightning_interp.rules._spikes import find_spike
-from lightning_interp.rules.alert import Alert, Severity
+from lightning_interp.rules.alert import SEVERITIES, Alert, Severity
 from lightning_interp.rules.history import History
 from lightning_interp.rules.rule import Key, Rule
 
@@ -113,7 +113,8 @@ class LearningRateTooHighRule(Rule):
 
     def check(self, history: History, active: Collection[Key]) -> Iterable[Alert]:
         """One alert for the run, or none."""
-        relaxed = HELD if is_problem(severity_of(active, (self.name, None))) else 1.0
+        held = severity_of(active, (self.name, None))
+        relaxed = HELD if is_problem(held) else 1.0
         broken = broken_since(history)
         jump = self.find_jump(history, broken)
         worst = max(deaths(history), key=lambda death: death.gain, default=Death("", 0.0, 0.0))
@@ -129,7 +130,12 @@ class LearningRateTooHighRule(Rule):
         elif loss is None or reference is None:
             return
         else:
-            severity = self._severity(history, jump, killed, loss / (reference * relaxed))
+            severity = self._severity(history, jump, killed, loss / reference)
+            if is_problem(
+                held
+            ):  # taken back only well below the thresholds that raised it, and never made worse by that
+                milder = self._severity(history, jump, killed, loss / (reference * relaxed))
+                severity = max(severity, min(milder, held, key=SEVERITIES.index), key=SEVERITIES.index)
             judged = history.finished or steps_done(history) >= self.judge_step
             if severity == "info" and (not judged or jump.overshoots):
                 return

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from lightning_interp.errors import ArgumentError
 from lightning_interp.functional.dead import MeanMagnitude, dead_filters, dormancy_scores
 from lightning_interp.functional.layout import Layout
-from lightning_interp.functional.units import End
+from lightning_interp.functional.units import End, pruned_filters
 
 
 class Net(nn.Module):
@@ -181,3 +182,15 @@ def test_sums_from_before_a_resume_are_added():
     late.absorb(first.sums())
     late.read(_end(two))
     assert torch.allclose(late.sums()["a"][0], whole.sums()["a"][0])
+
+
+def test_filters_that_were_pruned_whole_are_known_for_each_kind_of_layer():
+    """By the mask alone: a filter whose weights happen to be zero was not pruned."""
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ConvTranspose2d(4, 6, 3), nn.Linear(5, 3))
+    prune.custom_from_mask(net[0], "weight", torch.tensor([0.0, 1, 0, 1]).view(4, 1, 1, 1).expand(4, 1, 3, 3))
+    prune.custom_from_mask(net[1], "weight", torch.ones(4, 6, 3, 3).index_fill(1, torch.tensor([5]), 0))
+    nn.init.zeros_(net[2].weight)
+    assert pruned_filters(net, "0").tolist() == [True, False, True, False]
+    assert pruned_filters(net, "1").tolist() == [False] * 5 + [True]
+    assert pruned_filters(net, "2") is None
+    assert pruned_filters(net, "a block of a sum") is None

@@ -94,3 +94,32 @@ def test_without_a_window_before_the_first_update_nothing_is_said_of_birth():
     (alert,) = check(DeadFiltersRule(), history)
     assert "before the first update" not in alert.message
     assert alert.cause is None
+
+
+def test_pruned_filters_are_not_told_off():
+    """Half of them are dead on purpose; of the rest a third died."""
+    history = write(History(), "dead_fraction", [0.5, 0.65, 0.65], layer="conv1", every=100)
+    history.note("num_filters", 20, layer="conv1")
+    assert check(DeadFiltersRule(), history)[0].severity == "critical"
+    history.note("pruned_dead", 10, layer="conv1")
+    (alert,) = check(DeadFiltersRule(), history)
+    assert (alert.severity, alert.value) == ("info", pytest.approx(0.15))
+
+
+def test_at_the_end_one_window_is_enough():
+    """No second one will come."""
+    history = write(History(), "dead_fraction", [0.0, 0.6], layer="conv1", every=100)
+    assert check(DeadFiltersRule(), history) == []
+    history.finished = True
+    assert check(DeadFiltersRule(), history)[0].severity == "critical"
+
+
+def test_after_a_bad_start_the_rate_is_not_to_blame():
+    """The loss leapt because it began far too high."""
+
+    def died(first):
+        history = run_of([first, 4 * first, 9.0, 2.3])
+        return write(history, "dead_fraction", [0.0, 0.6, 0.6], layer="conv1")
+
+    assert check(DeadFiltersRule(), died(2.3))[0].cause == "learning rate"
+    assert check(DeadFiltersRule(), died(40.0))[0].cause != "learning rate"

@@ -119,7 +119,8 @@ def test_losses_that_are_not_positive_have_no_multiples():
 
 def test_rate_that_was_too_high_from_the_start_explains_it():
     """An early jump with damage: then that rule speaks. So does `non_finite` of a loss that is no number."""
-    history = spiked(bad_batch())
+    history = spiked([2.3] * 200 + [20.0] + [2.3] * 100)
+    assert len(check(GradientSpikeRule(), history)) == 1
     write(history, "loss_before", [2.3] * 3)
     write(history, "loss_after", [2.3, 6.0, 2.3])
     write(history, "dead_fraction", [0.0, 0.6], layer="conv1", every=200)

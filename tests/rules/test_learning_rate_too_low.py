@@ -88,8 +88,36 @@ def test_without_a_step_ratio_the_update_ratio_is_a_weaker_sign():
 
 def test_it_clears_only_well_below_the_threshold():
     wavering = slow(ratio=0.965)
-    assert check(LearningRateTooLowRule(), wavering) == []
-    assert len(check(LearningRateTooLowRule(), wavering, {("learning_rate_too_low", None): "warning"})) == 1
+    rule = LearningRateTooLowRule(ratio=0.97)
+    assert check(rule, wavering) == []
+    assert len(check(rule, wavering, {("learning_rate_too_low", None): "warning"})) == 1
+
+
+def test_nothing_is_said_before_three_quarters_of_the_plan():
+    """Many good runs begin with short steps."""
+    early, late = slow(740), slow(750)
+    for history in (early, late):
+        history.note("planned_steps", 1000)
+    assert check(LearningRateTooLowRule(), early) == []
+    assert len(check(LearningRateTooLowRule(), late)) == 1
+
+
+def test_a_loss_that_will_have_fallen_by_the_end_is_fine():
+    """At three quarters it is at 0.29 of a guess, and heading for nearly nothing."""
+    history = slow(750)
+    for i, point in enumerate(history.series["loss", None].points):
+        history.series["loss", None].points[i] = point._replace(value=2.3 * (1 - 0.95 * (point.step / 1000)))
+    history.note("planned_steps", 1000)
+    assert len(check(LearningRateTooLowRule(loss=0.25), history)) == 0
+    assert len(check(LearningRateTooLowRule(loss=0.01), history)) == 1
+
+
+def test_a_gradient_that_vanishes_or_labels_without_images_explain_it():
+    """Then these rules speak."""
+    history = slow(classes=10)
+    write(history, "label_recognition", [0.1] * 6, start=99, every=100)
+    write(history, "suspect_label_share", [0.2] * 6, start=99, every=100)
+    assert check(LearningRateTooLowRule(), history) == []
 
 
 def test_few_probes_are_not_enough():

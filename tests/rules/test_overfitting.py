@@ -144,14 +144,13 @@ def test_small_validation_sets_are_not_believed():
 
 
 def test_other_rules_go_first():
-    """A loss that is no number; a rate that is too high."""
+    """A loss that is no number. Filters that died in a run that learned all the same are no excuse."""
     broken = validated(RISING)
     write(broken, "loss", [math.nan], start=700)
     assert check(OverfittingRule(), broken) == []
     killed = validated(RISING, history=run_of([2.3, 50.0, *falling(598, end=0.2, tau=150.0)]))
-    assert len(check(OverfittingRule(), killed)) == 1
     write(killed, "dead_fraction", [0.0, 0.6], layer="conv1", every=500)
-    assert check(OverfittingRule(), killed) == []
+    assert len(check(OverfittingRule(), killed)) == 1
 
 
 def test_wrong_labels_are_the_cause_where_they_were_found():

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from lightning_interp.errors import ArgumentError
-from lightning_interp.rules import AlertBook, SuspectLabelsRule
+from lightning_interp.rules import AlertBook, LearningRateTooLowRule, SuspectLabelsRule
 from lightning_interp.rules.learning_rate_too_high import explains_loss
 from tests.rules.writing import check, falling, healthy, run_of, write
 
@@ -130,12 +130,22 @@ def test_labels_that_have_nothing_to_do_with_the_images_are_a_warning_at_the_end
     assert alert.evidence == {"recognition": 0.2, "measurements": 5.0, "loss": pytest.approx(1.8, abs=0.05)}
 
 
-def test_rate_that_is_too_low_explains_labels_that_are_not_known():
-    """Then that rule speaks."""
+def test_rate_that_is_too_low_does_not_explain_labels_that_are_not_known():
+    """Even an untrained network has neighbours that know the labels; and the other rule leaves it to this one."""
     history = run_of([2.3] * 600)
     write(history, "step_ratio", [0.999] * 12, every=50)
     write(history, "learning_rate", [1e-6] * 12, every=50)
-    assert check(SuspectLabelsRule(), labelled([0.2] * 6, 0.1, history=history)) == []
+    history = labelled([0.2] * 6, 0.1, history=history)
+    assert len(check(SuspectLabelsRule(), history)) == 1
+    assert check(LearningRateTooLowRule(), history) == []
+
+
+def test_at_the_end_three_measurements_are_enough():
+    history = labelled([0.2] * 3, 0.1)
+    assert check(SuspectLabelsRule(), history) == []
+    history.finished = True
+    (alert,) = check(SuspectLabelsRule(), history)
+    assert alert.severity == "warning"
 
 
 def test_healthy_run_is_silent():

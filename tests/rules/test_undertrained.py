@@ -135,10 +135,31 @@ def test_nan_is_another_matter():
 
 
 def test_without_a_cross_entropy_the_first_loss_is_the_measure():
-    losses = [100 - 85 * step / STEPS for step in range(STEPS)]
-    assert check(UndertrainedRule(), run_of(losses, classes=None, finished=True)) == []  # 15 of 100 are left
+    losses = [100 / (1 + step / 20) for step in range(STEPS)]
+    assert check(UndertrainedRule(), run_of(losses, classes=None, finished=True)) == []  # 3 of 100 are left
     losses = [100 - 50 * step / STEPS for step in range(STEPS)]
     assert len(check(UndertrainedRule(), run_of(losses, classes=None, finished=True))) == 1
+
+
+def test_the_flat_end_of_a_decay_is_no_floor():
+    """The loss is a power of the work done; under a cosine its last fifth hardly moves, and a longer one would."""
+    steps = range(STEPS)
+    rates = [0.1 * (1 + math.cos(math.pi * step / STEPS)) / 2 for step in steps]
+    work = np.cumsum(rates) / 0.1
+    history = run_of([2.3 * (1 + each / 30) ** -0.4 for each in work], finished=True)
+    assert history.get("loss").values[int(0.8 * STEPS)] < 1.02 * history.get("loss").values[-1]
+    write(history, "learning_rate", rates)
+    (alert,) = check(UndertrainedRule(), history)
+    ahead = 2.3 * (1 + work[-1] / 30) ** -0.4 - 2.3 * (1 + 3 * work[-1] / 30) ** -0.4
+    assert alert.value == pytest.approx(ahead / math.log(10), rel=0.25)
+
+
+def test_a_run_that_ends_before_the_fall_has_set_in_was_too_short():
+    """Short steps on the first level. With long ones, or lower down, a flat loss says nothing."""
+    for level, ratio, count in ((2.29, 0.999, 1), (2.29, 0.8, 0), (1.5, 0.999, 0)):
+        history = run_of([2.3] + [level] * (STEPS - 1), finished=True)
+        write(history, "step_ratio", [ratio] * 20, every=20)
+        assert len(check(UndertrainedRule(), history)) == count
 
 
 def test_few_steps_are_not_judged():
