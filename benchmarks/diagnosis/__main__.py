@@ -11,6 +11,7 @@ from benchmarks.diagnosis.peers.compare import compare
 from benchmarks.diagnosis.replay import replay
 from benchmarks.diagnosis.runner import read_plan, read_records, run_all
 from benchmarks.diagnosis.tables import report
+from benchmarks.diagnosis.tune import tune
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -24,6 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (
         ("score", "tables in Markdown"),
         ("replay", "the same, judged anew by the rules as they are now"),
+        ("tune", "thresholds chosen on all architectures but one, figures from that one"),
     ):
         commands.add_parser(name, help=text).add_argument("directory", type=Path, metavar="DIR")
     peers = commands.add_parser("peers", help="what other tools say of a sample of the finished runs in DIR")
@@ -57,6 +59,9 @@ def main() -> int:
         )
         print(tables)
         return int(failed > 0)
+    if options.command == "tune":
+        print(tune(options.directory))
+        return 0
     records = read_records(options.directory)
     records = replay(records, options.directory) if options.command == "replay" else records
     print(report(records, read_plan(options.directory)))

@@ -135,7 +135,8 @@ class LearningRateTooHighRule(Rule):
                 held
             ):  # taken back only well below the thresholds that raised it, and never made worse by that
                 milder = self._severity(history, jump, killed, loss / (reference * relaxed))
-                severity = max(severity, min(milder, held, key=SEVERITIES.index), key=SEVERITIES.index)
+                kept = min(milder, held or milder, key=SEVERITIES.index)
+                severity = max(severity, kept, key=SEVERITIES.index)
             judged = history.finished or steps_done(history) >= self.judge_step
             if severity == "info" and (not judged or jump.overshoots):
                 return

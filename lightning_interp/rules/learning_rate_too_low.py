@@ -124,8 +124,10 @@ class LearningRateTooLowRule(Rule):
         first = first_loss(history)
         early = [point.value for point in finite_points(history.get("loss")) if point.step < BLOW_UP_STEPS]
         blew_up = first is not None and max(early, default=0.0) > self.blow_up * first
-        vanishes = any(VanishingGradientRule().check(history, ()))
-        if blew_up or vanishes or any(SuspectLabelsRule().check(history, ())) or started_badly(history, 3.0):
+        if blew_up or started_badly(history, 3.0) or any(VanishingGradientRule().check(history, ())):
+            return True
+        known = history.get("label_recognition").values
+        if any(SuspectLabelsRule().check(history, ())) or (known and max(known) < SuspectLabelsRule.unrelated):
             return True
         return largest_dead(history) >= self.dead
 

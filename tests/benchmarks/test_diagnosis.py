@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from benchmarks.diagnosis import labels, replay, runner, score, tables
+from benchmarks.diagnosis import labels, replay, runner, score, tables, tune
 from benchmarks.diagnosis.cells import is_held_out, suite
 from benchmarks.diagnosis.census import census
 from benchmarks.diagnosis.data import load
@@ -276,3 +276,37 @@ def test_a_replay_raises_nothing_before_it_happened():
     history.note("non_finite_step", 120)
     found = replay.judge(history, [NonFiniteRule()], 200)
     assert next(alert["step"] for alert in found) == 150
+
+
+def test_the_variant_is_chosen_on_the_others_and_judged_on_the_one_left_out():
+    """Variant 0 is right on one network, variant 1 on the other: each is chosen where it does not count."""
+    runs = []
+    for architecture in ("plain", "norm"):
+        lines = ladder({0.001: 2.25, 0.1: 0.1})
+        for line in lines:
+            spec = replace(Spec.from_dict(line["spec"]), architecture=architecture)
+            line |= {"key": spec.key, "spec": asdict(spec)}
+        runs += labels.label_all(lines)
+    rule = "learning_rate_too_low"
+    said = {}
+    for each in runs:
+        right = bool(each.labels[rule])
+        said[each.spec.key] = [right, not right] if each.spec.architecture == "plain" else [not right, right]
+    recall, precision = tune.leave_one_out(runs, said, rule)
+    assert (recall.hits, recall.total, precision.hits, precision.total) == (0, 2, 0, 2)
+    same = {each.spec.key: [bool(each.labels[rule])] * 2 for each in runs}
+    recall, precision = tune.leave_one_out(runs, same, rule)
+    assert (recall[:2], precision[:2]) == ((2, 2), (2, 2))
+
+
+def test_every_variant_of_a_grid_is_a_rule_and_the_default_is_among_them():
+    for kind in tune.GRIDS:
+        found = tune.variants(kind)
+        assert kind() in found
+        assert len(set(found)) == len(found) == math.prod(map(len, tune.GRIDS[kind].values()))
+
+
+def test_where_no_rate_learns_anything_progress_means_nothing():
+    """The best one is at 0.9 of a guess: the rates are neither right nor wrong, and the run is not healthy."""
+    found = by_rate(ladder({0.01: 2.2, 0.1: 2.1}))
+    assert all(run.labels["learning_rate_too_low"] is None and run.faulty is None for run in found.values())
