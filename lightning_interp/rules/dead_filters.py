@@ -25,8 +25,9 @@ class DeadFiltersRule(Rule):
     are off), initialisation or bias; died after the loss had leapt up in the first steps -> learning rate; else
     unknown. Does not need a cross-entropy, or any particular loss.
 
-    Source: CS231n; Lu et al. 2019. Measured: a share above 25 % in all of 26 runs with a too-high rate and in 7 of 46
-    healthy ones, all of these near the largest rate that works. Born dead is told from killed by the first window.
+    Source: CS231n; Lu et al. 2019. Measured by `benchmarks/diagnosis` against a count over all images: found 66 of 66
+    runs with a quarter of a layer dead or more, and no other; on other networks, data and optimizers 42 of 42, with two
+    false alarms. Born dead is told from killed by the first window.
 
     Attributes:
         info: Share in [0, 1] that is worth a note.

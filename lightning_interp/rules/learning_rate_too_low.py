@@ -53,7 +53,9 @@ class LearningRateTooLowRule(Rule):
     The advice is that factor, at most 10, as `evidence["advised_rate_factor"]`.
 
     Source: trust-region ratio, Nocedal and Wright 2006, equation 4.4; alpha of Schneider et al. 2021 is 1 - 2 ratio.
-    MEASURED_TOO_LOW
+    Measured by `benchmarks/diagnosis` on five small networks, three data sets and three optimizers, on which the
+    thresholds were chosen: found 46 of 47 runs to which a higher rate would have brought 0.3 of the attainable fall of
+    the loss, with one false alarm; on other networks, data and optimizers 15 of 21, with one.
 
     Attributes:
         ratio: Step ratio from which steps are called short.

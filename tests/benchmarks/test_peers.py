@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.diagnosis import replay
 from benchmarks.diagnosis.data import load
 from benchmarks.diagnosis.labels import LABELLED, Labelled
 from benchmarks.diagnosis.peers import (
@@ -26,6 +27,7 @@ from benchmarks.diagnosis.peers.finding import Finding, earliest
 from benchmarks.diagnosis.peers.recorder import Epoch, Recorder, Recording, WeightStep
 from benchmarks.diagnosis.spec import Spec
 from benchmarks.diagnosis.train import train_plain
+from lightning_interp.rules import History
 
 LN10 = math.log(10)
 SPEC = Spec("norm", "digits", "sgd", rate=0.03, epochs=1)
@@ -396,6 +398,9 @@ def test_a_comparison_goes_on_where_it_stopped_and_leaves_the_suite_alone(tmp_pa
     specs = [replace(SPEC, rate=rate, long=long) for rate in (0.01, 0.03) for long in (False, True)]
     lines = [json.dumps({"key": spec.key, "spec": asdict(spec), **base}) for spec in specs]
     (tmp_path / "runs.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "plan.json").write_text(json.dumps({spec.key: spec.cell for spec in specs}))
+    for spec in specs:
+        replay.write_history(History().state_dict(), tmp_path, spec.key)
     trained = []
 
     def train(spec):
@@ -409,7 +414,7 @@ def test_a_comparison_goes_on_where_it_stopped_and_leaves_the_suite_alone(tmp_pa
         text, failed = compare.compare(tmp_path, jobs=0, train=train)
     assert failed == 0
     assert sorted(spec.rate for spec in trained) == [0.01, 0.03]
-    assert {path.name for path in tmp_path.iterdir()} == {"runs.jsonl", "peers.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"runs.jsonl", "peers.jsonl", "plan.json", "histories"}
     assert "| CS231n's update ratio | 100 % (2/2; 34-100)" in text
     assert "| lightning-interp | 0 % (0/2; 0-66)" in text
     assert (
