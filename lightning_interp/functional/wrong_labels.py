@@ -80,7 +80,8 @@ def wrong_label_share(votes: LabelVotes) -> WrongLabels:
 
     Example:
         >>> from lightning_interp.functional.mislabeled import label_votes
-        >>> points = torch.eye(2).repeat_interleave(100, dim=0) + 0.1 * torch.rand(200, 2)
+        >>> noise = torch.rand(200, 2, generator=torch.Generator().manual_seed(0))
+        >>> points = torch.eye(2).repeat_interleave(100, dim=0) + 0.1 * noise
         >>> labels = torch.arange(200) // 100
         >>> labels[::20] = 1 - labels[::20]
         >>> 0.01 < wrong_label_share(label_votes(points, labels)).share < 0.1
