@@ -14,11 +14,11 @@ DATA, HELD_OUT_DATA = ("digits", "photos", "textures"), ("glyphs", "turns")
 OPTIMIZERS, HELD_OUT_OPTIMIZERS = ("sgd", "adam", "adamw"), ("plain_sgd", "nadam", "rmsprop", "adagrad")
 SCHEDULES = ("constant", "cosine", "warmup", "onecycle")
 # Rates that are known to work for all of these networks.
-BASE = {"sgd": 0.03, "adam": 2e-3, "adamw": 2e-3, "plain_sgd": 0.2, "nadam": 2e-3, "rmsprop": 1e-3, "adagrad": 0.02}
+BASE = {"sgd": 0.03, "adam": 2e-3, "adamw": 2e-3, "plain_sgd": 0.3, "nadam": 4e-3, "rmsprop": 2e-3, "adagrad": 0.05}
 STEP, RUNGS, NARROW = 4.0, range(-2, 4), range(-1, 2)
 # At the lowest and the highest rate, three times the steps would tell nothing that the other labels do not.
 LONG_RUNGS = range(-1, 3)
-EPOCHS = {"digits": 9, "textures": 9, "photos": 12, "positions": 12, "glyphs": 9, "turns": 12}
+EPOCHS = {"digits": 9, "textures": 9, "photos": 12, "positions": 12, "glyphs": 12, "turns": 15}
 SHORT_EPOCHS = 3
 
 
@@ -47,7 +47,8 @@ def _full() -> list[list[Spec]]:
     groups = [ladder(cell, NARROW if cell.seed else RUNGS) for cell in _cells()]
     groups += [ladder(cell, NARROW) for cell in _hard()]
     groups += [ladder(cell, NARROW) + with_faults(cell, faults) for cell, faults in _faulty()]
-    return groups + [ladder(cell) for cell in _held_out()]
+    groups += [ladder(cell) for cell in _held_out()]
+    return groups + [ladder(cell, NARROW) + with_faults(cell, faults) for cell, faults in _held_out_faulty()]
 
 
 def _cells() -> list[Spec]:
@@ -114,6 +115,16 @@ def _held_out() -> list[Spec]:
                 schedule = SCHEDULES[(a + 2 * d + turn) % 4]
                 epochs = SHORT_EPOCHS if (a + d + turn) % 5 == 0 else EPOCHS[data]
                 cells.append(Spec(architecture, data, optimizer, schedule, seed=4, epochs=epochs))
+    return cells
+
+
+def _held_out_faulty() -> list[tuple[Spec, list[str]]]:
+    """Half of the faults in each held-out network."""
+    cells = []
+    for a, architecture in enumerate(HELD_OUT):
+        data, optimizer = HELD_OUT_DATA[a % 2], HELD_OUT_OPTIMIZERS[(a + 1) % 4]
+        cell = Spec(architecture, data, optimizer, SCHEDULES[a % 4], seed=5, epochs=EPOCHS[data])
+        cells.append((cell, [fault for f, fault in enumerate(FAULTS) if f % 2 == a % 2]))
     return cells
 
 

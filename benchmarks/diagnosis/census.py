@@ -31,13 +31,18 @@ class _Listener(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[tuple[bool, Tensor, Tensor]] = []
+        self._projected: Tensor | None = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
+        if func is F.linear:
+            self._projected = output
         if func in EXACT or func in SMOOTH:
-            rest = [axis for axis in range(output.dim()) if axis != 1]
+            # What a linear layer gives has its units last, also in the four dimensions of a ConvNeXt block.
+            units = output.dim() - 1 if args[0] is self._projected else 1
+            rest = [axis for axis in range(output.dim()) if axis != units]
             self.seen.append((func in EXACT, output.abs().amax(rest), output.abs().mean(rest)))
         return output
 

@@ -71,14 +71,17 @@ def _digits() -> Data:
 
 
 @cache
-def _crops() -> tuple[Tensor, Tensor, Tensor]:
-    """Crops, (N, 3, SIDE, SIDE), the photograph of each, and its place, (N, 2) in [0, 1]."""
+def _crops(shrink: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    """Crops of the photographs made so many times smaller, (N, 3, SIDE, SIDE), the photograph of each, and its place.
+
+    A place is (N, 2) in [0, 1].
+    """
     from sklearn.datasets import load_sample_images
 
     generator = torch.Generator().manual_seed(1)
     crops, places, sources = [], [], []
     for source, photo in enumerate(load_sample_images().images):
-        small = F.avg_pool2d(torch.tensor(photo.copy()).float().permute(2, 0, 1)[None], 6)[0]
+        small = F.avg_pool2d(torch.tensor(photo.copy()).float().permute(2, 0, 1)[None], shrink)[0]
         room = torch.tensor(small.shape[1:]) - SIDE
         for _ in range((TRAIN + VAL) // 2):
             place = torch.rand(2, generator=generator)
@@ -104,7 +107,7 @@ def _positions() -> Data:
 
 @cache
 def _turns() -> Data:
-    crops, _, _ = _crops()
+    crops, _, _ = _crops(12)  # large enough a part of the scene to tell which way is up
     turns = torch.randint(4, (len(crops),), generator=torch.Generator().manual_seed(5))
     turned = [torch.rot90(crop, int(turn), (1, 2)) for crop, turn in zip(crops, turns, strict=True)]
     return _split(torch.stack(turned), turns, TRAIN, 4)
