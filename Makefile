@@ -10,7 +10,7 @@ FIGURES := .venv/.figures
 OLDEST := .venv-oldest/.done
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
 
-.PHONY: demo test test-fast test-gpu test-oldest lint types layers doctest check wheel-test figures layout clean
+.PHONY: demo test test-fast test-gpu test-oldest lint types layers doctest check wheel-test diagnosis figures layout clean
 
 demo: $(BASE)  ## train the demo's four networks, then say how to look at them
 	$(BIN)/lightning-interp demo
@@ -46,6 +46,9 @@ wheel-test: $(DEV)  ## the wheel works without the source tree
 	rm -rf dist
 	$(BIN)/python -m build --wheel
 	.ci/wheel-test "$(PYTHON)" dist/*.whl
+
+diagnosis: $(DEV)  ## a small part of the fault suite, trained and scored anew: some four minutes
+	$(BIN)/python -m benchmarks.diagnosis run --reduced --out "$$(mktemp -d)"
 
 figures: $(FIGURES)  ## the screenshots of the README, from real runs (needs a Chromium)
 	$(BIN)/python examples/figures.py

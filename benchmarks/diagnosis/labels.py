@@ -172,6 +172,12 @@ def _killing(spec: Spec, runs: list[tuple[Spec, dict[str, Any]]]) -> bool:
     return any(rate < spec.rate and share < 0.5 * shares[spec.rate] for rate, share in shares.items())
 
 
+def _born_dead(record: Mapping[str, Any]) -> bool:
+    """Whether half of the dead or dormant were so before the first update: then the initialisation is a right cause."""
+    late = max((max(count) for count in record["counts"]), default=0.0)
+    return bool(late > 0 and max(record["born"]) >= 0.5 * late)
+
+
 def _brute(record: Mapping[str, Any]) -> dict[str, Label]:
     """Labels that need no other run."""
     finite = bool(record["finite"])  # weights that are no numbers are neither dead nor alive
@@ -201,6 +207,8 @@ def _natural(
         causes |= {rule for rule in RATE_RULES if labels[rule] is None}
     if killing and causes & {"dead_filters", "dormant_units"}:
         causes.add("learning_rate_too_high")
+    if _born_dead(record) and causes & {"dead_filters", "dormant_units"}:
+        causes.add("initialisation")
     if labels["learning_rate_too_high"]:
         causes -= {"learning_rate_too_low", "undertrained"}
     values = [label for rule, label in labels.items() if rule != "suspect_labels"]

@@ -128,7 +128,7 @@ class Fire(nn.Module):
         self.squeeze = nn.Conv2d(inputs, narrow, 1)
         self.small, self.large = nn.Conv2d(narrow, outputs // 2, 1), _conv(narrow, outputs // 2)
         for conv in (self.squeeze, self.small, self.large):
-            nn.init.kaiming_uniform_(conv.weight, nonlinearity="relu")  # as published: PyTorch's own default is too small
+            nn.init.kaiming_uniform_(conv.weight, nonlinearity="relu")  # as published; the default is smaller
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs, H, W) to (N, outputs, H, W)."""

@@ -49,14 +49,24 @@ def replay(records: Iterable[dict[str, Any]], directory: Path) -> list[dict[str,
 
 def judge(history: History, rules: Sequence[Rule], steps: int) -> list[dict[str, Any]]:
     """What the rules raise and clear while the run goes on, at the steps at which `Alerts` looks."""
-    book = AlertBook(list(rules))
+    return judge_moments(moments(history, steps), rules)
+
+
+def moments(history: History, steps: int) -> list[History]:
+    """What was known at each of these steps, and at the end."""
     windows = {step for (name, _), s in history.series.items() if name.startswith("dead") for step in s.steps}
     looks = sorted({*FIRST, *range(FIRST[-1], steps, EVERY), *windows, steps - 1})
-    for step in (look for look in looks if look < steps):
-        book.update(until(history, step, finished=False))
+    running = [until(history, step, finished=False) for step in looks if step < steps]
+    return [*running, until(history, steps - 1, finished=history.finished)]
+
+
+def judge_moments(known: Iterable[History], rules: Sequence[Rule]) -> list[dict[str, Any]]:
+    """What the rules raise and clear on these histories, which must be of one run, in order."""
+    book = AlertBook(list(rules))
+    for history in known:
+        book.update(history)
         if book.errors:
             raise book.errors[0][1]
-    book.update(until(history, steps - 1, finished=history.finished))
     return [{name: asdict(alert)[name] for name in _KEPT} for alert in book.history]
 
 

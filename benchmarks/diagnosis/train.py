@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, O
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from benchmarks.diagnosis import traits
+from benchmarks.diagnosis.census import census
 from benchmarks.diagnosis.data import Data, load
 from benchmarks.diagnosis.faults import change_batch, change_data, make_network, trainable
 from benchmarks.diagnosis.spec import Spec
@@ -118,6 +119,8 @@ def run(spec: Spec) -> dict[str, Any]:
 
         results = train_watched(spec)
     setting = prepare(spec)
+    if not spec.long:
+        results["born"] = [round(share, 4) for share in census(setting.net, setting.data.images)]
     losses = results.pop("losses")
     results.pop("suspects", None)
     if spec.remedy != "none":

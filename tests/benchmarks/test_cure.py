@@ -21,7 +21,7 @@ def record(spec, final=0.1, **values):
     """A line as a run writes it."""
     base = {
         "key": spec.key, "spec": asdict(spec), "guess": LN10, "steps": 200, "final": final, "early": [LN10, 2.0],
-        "finite": True, "val_losses": [1.0, 0.5, 0.4, 0.4], "counts": [[0.0, 0.0]] * 3, "still": [],
+        "finite": True, "val_losses": [1.0, 0.5, 0.4, 0.4], "counts": [[0.0, 0.0]] * 3, "born": [0.0, 0.0], "still": [],
         "watched_labels": False, "alerts": [], "seconds": 1.0, "wrong_labels": 0.0,
     }  # fmt: skip
     return base | values

@@ -29,7 +29,7 @@ def record(spec, final=0.1, **values):
     """A line as a run writes it."""
     base = {
         "key": spec.key, "spec": asdict(spec), "guess": LN10, "steps": 200, "final": final, "early": [LN10, 2.0],
-        "finite": True, "val_losses": [1.0, 0.5, 0.4, 0.4], "counts": [[0.0, 0.0]] * 3, "still": [],
+        "finite": True, "val_losses": [1.0, 0.5, 0.4, 0.4], "counts": [[0.0, 0.0]] * 3, "born": [0.0, 0.0], "still": [],
         "watched_labels": False, "alerts": [], "seconds": 1.0,
     }  # fmt: skip
     return base | values
@@ -139,6 +139,23 @@ def test_deaths_are_blamed_on_the_rate_only_if_a_lower_one_leaves_more_alive():
         assert found.labels["dead_filters"] is True
         assert found.labels["learning_rate_too_high"] is False
         assert ("learning_rate_too_high" in found.causes) is right
+
+
+def test_deaths_are_blamed_on_the_initialisation_only_if_half_of_them_are_older_than_the_training():
+    """By brute force over the network as it began."""
+    for born, right in ((0.25, True), (0.24, False)):
+        lines = ladder({0.1: 0.1}, counts=[[0.5, 0.0]] * 3, born=[born, 0.0])
+        assert ("initialisation" in by_rate(lines)[0.1].causes) is right
+    assert by_rate(ladder({0.1: 0.1}, born=[0.9, 0.0]))[0.1].causes == frozenset()
+
+
+def test_units_of_a_linear_layer_are_counted_along_the_last_axis():
+    """Three of six hidden units of a ConvNeXt-like block are off; along axis 1, height, nothing would be."""
+    linear = nn.Linear(4, 6)
+    with torch.no_grad():
+        linear.bias[:3] = -1e4
+    block = nn.Sequential(linear, nn.GELU())
+    assert census(block, torch.randn(8, 5, 5, 4)) == (0.5, 0.5)
 
 
 def test_figures_of_a_rule_by_hand():

@@ -392,8 +392,8 @@ def test_our_own_row_is_made_by_the_same_measure():
 def test_a_comparison_goes_on_where_it_stopped_and_leaves_the_suite_alone(tmp_path):
     base = {
         "guess": LN10, "steps": 200, "final": 0.1, "early": [LN10, 2.0], "finite": True,
-        "still": [], "val_losses": [1.0, 0.4, 0.4], "counts": [[0.0, 0.0]] * 3, "watched_labels": False,
-        "alerts": [], "seconds": 1.0,
+        "still": [], "val_losses": [1.0, 0.4, 0.4], "counts": [[0.0, 0.0]] * 3, "born": [0.0, 0.0],
+        "watched_labels": False, "alerts": [], "seconds": 1.0,
     }  # fmt: skip
     specs = [replace(SPEC, rate=rate, long=long) for rate in (0.01, 0.03) for long in (False, True)]
     lines = [json.dumps({"key": spec.key, "spec": asdict(spec), **base}) for spec in specs]
