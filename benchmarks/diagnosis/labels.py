@@ -6,9 +6,9 @@ A label is True, False, or None: ambiguous, or not known. Rules are never asked.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.diagnosis.faults import FAULTS
 from benchmarks.diagnosis.spec import Spec
@@ -65,22 +65,40 @@ def rate_labels(short: Mapping[float, float], long: Mapping[float, float]) -> di
 
     Args:
         short: Rate to progress.
-        long: Rate to progress of the run three times as long.
+        long: Rate to progress of the run three times as long; may lack some.
 
     Returns:
         For each rate: `learning_rate_too_high` if a lower rate gains more than 0.3, `learning_rate_too_low` if a
-        higher one does, `undertrained` if the long version gains more than 0.2; not so below 0.1.
+        higher one does, `undertrained` if the long version gains more than 0.2; not so below 0.1. A rate that is right
+        at this length and wrong at three times the length, since here none has learned yet, is ambiguous.
     """
     labels: dict[float, dict[str, Label]] = {}
     for rate, reached in short.items():
-        lower = max((value for other, value in short.items() if other < rate), default=-math.inf)
-        higher = max((value for other, value in short.items() if other > rate), default=-math.inf)
+        high, low = (_better(rate, short, long, side) for side in (float.__lt__, float.__gt__))
         labels[rate] = {
-            "learning_rate_too_high": band(lower - reached, 0.1, 0.3),
-            "learning_rate_too_low": band(higher - reached, 0.1, 0.3),
+            "learning_rate_too_high": high,
+            "learning_rate_too_low": low,
             "undertrained": band(long[rate] - reached, 0.1, 0.2) if rate in long else None,
         }
     return labels
+
+
+def _better(
+    rate: float,
+    short: Mapping[float, float],
+    long: Mapping[float, float],
+    beyond: Callable[[float, float], bool],
+) -> Label:
+    """Whether one of the rates beyond this one, on one side, brings more."""
+
+    def gain(reached: Mapping[float, float]) -> float:
+        return (
+            max((value for other, value in reached.items() if beyond(other, rate)), default=-math.inf) - reached[rate]
+        )
+
+    now = band(gain(short), 0.1, 0.3)
+    later = rate in long and band(gain(long), 0.1, 0.3)
+    return None if now is False and later else now
 
 
 def overfitting(val_losses: Sequence[float | None], final: float | None, guess: float) -> Label:
@@ -144,7 +162,8 @@ def label_all(records: Iterable[Mapping[str, Any]], plan: Mapping[str, str] | No
         if spec.fault == "none":
             found.append(_natural(spec, record, labels.get(spec.rate), reached, _killing(spec, cells[spec.cell])))
         else:
-            found.append(_injected(spec, record, reached, short.get(spec.rate), by_key.get(spec.twin)))
+            twin = _Twin(by_key.get(spec.twin), short.get(spec.rate), labels.get(spec.rate, {}))
+            found.append(_injected(spec, record, reached, twin))
     return found
 
 
@@ -216,20 +235,28 @@ def _natural(
     return Labelled(spec, record, labels, frozenset(causes), faulty, reached)
 
 
-def _injected(
-    spec: Spec, record: dict[str, Any], reached: float | None, twin: float | None, twin_record: dict[str, Any] | None
-) -> Labelled:
+class _Twin(NamedTuple):
+    """The run without the fault: its line, its progress, and the labels of its rate."""
+
+    record: dict[str, Any] | None
+    progress: float | None
+    labels: Mapping[str, Label]
+
+
+def _injected(spec: Spec, record: dict[str, Any], reached: float | None, twin: _Twin) -> Labelled:
     fault = FAULTS[spec.fault]
     labels: dict[str, Label] = {**dict.fromkeys(LABELLED), **_brute(record)}
     if not record["watched_labels"]:
         labels["suspect_labels"] = None
     if spec.fault == "few_images":
-        labels["overfitting"] = memorised(record, twin_record)
-    harm = None if reached is None or twin is None else twin - reached
+        labels["overfitting"] = memorised(record, twin.record)
+    harm = None if reached is None or twin.progress is None else twin.progress - reached
     real = _counts(spec, record, harm, labels)
     for rule in fault.rules:
         labels[rule] = real
-    return Labelled(spec, record, labels, frozenset(fault.causes), real, reached)
+    # What is wrong, or may be, with the twin is so here too.
+    also = {rule for rule, label in twin.labels.items() if label is not False}
+    return Labelled(spec, record, labels, frozenset({*fault.causes, *also}), real, reached)
 
 
 def _counts(spec: Spec, record: Mapping[str, Any], harm: float | None, labels: Mapping[str, Label]) -> Label:
