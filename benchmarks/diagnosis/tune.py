@@ -27,8 +27,8 @@ from lightning_interp.rules import (
 # Each threshold at a smaller, the default, and a larger value.
 GRIDS: dict[type[Rule], dict[str, tuple[float, ...]]] = {
     LearningRateTooHighRule: {"recovered": (0.8, 0.9, 1.0), "halfway": (0.5, 0.6, 0.7)},
-    LearningRateTooLowRule: {"ratio": (0.88, 0.92, 0.96), "loss": (0.2, 0.3, 0.4)},
-    UndertrainedRule: {"fall": (0.06, 0.08, 0.12), "certainty": (2.5, 4.0)},
+    LearningRateTooLowRule: {"ratio": (0.9, 0.92, 0.96), "far_ratio": (0.8, 0.85, 0.9), "loss": (0.2, 0.3, 0.4)},
+    UndertrainedRule: {"fall": (0.06, 0.09, 0.12), "certainty": (2.5, 3.0, 4.0)},
     DeadFiltersRule: {"warning": (0.2, 0.25, 0.3)},
 }
 

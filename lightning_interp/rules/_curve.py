@@ -69,9 +69,15 @@ def forecast(steps: NDArray[np.float64], losses: NDArray[np.float64], *, horizon
 
 def _blocks(steps: NDArray[np.float64], losses: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     count = min(BLOCKS, len(steps))
-    times = [float(np.mean(part)) for part in np.array_split(steps, count)]
-    values = [float(np.median(part)) for part in np.array_split(losses, count)]
-    return np.array(times), np.array(values)
+    width, longer = divmod(len(steps), count)
+    cut = longer * (width + 1)  # as `array_split` does: the first ones are longer by one
+
+    def blocks(values: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+        parts = values[:cut].reshape(-1, width + 1), values[cut:].reshape(-1, width)
+        return [part for part in parts if len(part)]
+
+    times = np.concatenate([part.mean(axis=1) for part in blocks(steps)])
+    return times, np.concatenate([np.median(part, axis=1) for part in blocks(losses)])
 
 
 def _fit(x: NDArray[np.float64], y: NDArray[np.float64]) -> _Fit:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Collection, Mapping
+from itertools import islice
 from typing import NamedTuple
 
 from lightning_interp.rules.alert import SEVERITIES, Severity
-from lightning_interp.rules.history import History, Point, Series
+from lightning_interp.rules.history import History
 from lightning_interp.rules.rule import Key
 
 OVERSHOOT_SHARE, OVERSHOOT_PROBES = 0.2, 10
@@ -49,18 +50,6 @@ class Death(NamedTuple):
         return self.now - self.before
 
 
-def finite_points(series: Series) -> list[Point]:
-    """The points whose value is a number.
-
-    Example:
-        >>> series = Series([Point(0, 2.0), Point(1, math.nan)])
-        >>> finite_points(series)
-        [Point(step=0, value=2.0)]
-    """
-    pairs = zip(series.steps, series.values, strict=True)
-    return [Point(step, value) for step, value in pairs if math.isfinite(value)]
-
-
 def steps_done(history: History) -> int:
     """Training steps done; `History.step` is the index of the last one, from 0."""
     return history.step + 1
@@ -74,13 +63,13 @@ def guess_loss(history: History) -> float | None:
 
 def first_loss(history: History) -> float | None:
     """The loss before any update, NaN included; None if it was not seen (a run that was continued)."""
-    losses = history.get("loss")
-    return losses.values[0] if len(losses) and losses.steps[0] == 0 else None
+    first = history.get("loss").first
+    return first.value if first is not None and first.step == 0 else None
 
 
 def recent_loss(history: History) -> float | None:
     """Median of the last losses that are numbers."""
-    values = [point.value for point in finite_points(history.get("loss"))[-RECENT:]]
+    values = [point.value for point in history.finite("loss")[-RECENT:]]
     return statistics.median(values) if values else None
 
 
@@ -103,7 +92,7 @@ def collapsed_to(history: History, part: float) -> float | None:
     guess, now = guess_loss(history), recent_loss(history)
     if guess is None or now is None or now <= part * guess:
         return None
-    values = [point.value for point in finite_points(history.get("loss"))]
+    values = [point.value for point in history.finite("loss")]
     medians = [statistics.median(values[i : i + RECENT]) for i in range(0, len(values) - RECENT + 1, RECENT)]
     lowest = min(medians, default=math.inf)
     return lowest if lowest < 0.5 * guess else None
@@ -119,14 +108,20 @@ def started_badly(history: History, factor: float) -> bool:
 
 def broken_since(history: History) -> int | None:
     """Step since which the loss is not finite; None if it is finite, or was so again later (a batch was skipped)."""
-    losses = history.get("loss")
-    noted = history.fact("non_finite_step", math.inf)
-    bad = [step for step, value in zip(losses.steps, losses.values, strict=True) if not math.isfinite(value)]
-    since = min([*bad, noted])
-    if since == math.inf:
+    since = first_bad_loss(history)
+    if since is None:
         return None
-    healthy_again = any(point.step > since for point in finite_points(losses)[-1:])
-    return None if healthy_again else int(since)
+    healthy_again = any(point.step > since for point in history.finite("loss")[-1:])
+    return None if healthy_again else since
+
+
+def first_bad_loss(history: History) -> int | None:
+    """Step of the first loss that is no number; None if all are."""
+    losses = history.get("loss")
+    some = len(losses) > len(history.finite("loss"))
+    bad = [step for step, value in losses if not math.isfinite(value)] if some else []
+    step = min([*bad, history.fact("non_finite_step", math.inf)])
+    return None if step == math.inf else int(step)
 
 
 def early_end(history: History, steps: int) -> int:
@@ -135,7 +130,7 @@ def early_end(history: History, steps: int) -> int:
     `steps` at a constant rate; under a warm-up, `steps` after its end, since the rate strikes where it is large.
     """
     peak, risen = -math.inf, 0
-    for step, rate in finite_points(history.get("learning_rate")):
+    for step, rate in history.finite("learning_rate"):
         if rate < peak * 0.999:
             break
         if rate > peak * 1.001 and peak > -math.inf:
@@ -151,17 +146,17 @@ def batch_jump(history: History, begin: int, end: int, threshold: float = 1.5) -
     well double, and that is noise. The advice for the rate is taken from the first such step, before all is lost.
     """
     floor = 0.1 * (reference_loss(history) or 0.0)
-    before = dict(finite_points(history.get("loss_before")))
+    before = dict(history.finite("loss_before"))
     after = history.get("loss_after")
     jumps = [
         (_ratio(value, before[step]), step)
-        for step, value in zip(after.steps, after.values, strict=True)
+        for step, value in after
         if begin <= step < end and before.get(step, 0.0) > 0 and not value < floor
     ]
     above = [(factor, step) for factor, step in jumps if factor > threshold]
     if not above:
         return None
-    ratios = [ratio for at, ratio in finite_points(history.get("step_ratio")) if at == above[0][1]]
+    ratios = [ratio for at, ratio in history.finite("step_ratio") if at == above[0][1]]
     return Jump(*max(above, key=lambda pair: pair[0]), True, _rate_factor(ratios))
 
 
@@ -177,14 +172,19 @@ def early_jump(history: History, *, same_batch: float = 1.5, logged: float = 3.0
     Returns:
         The jump of one batch if there is one, else that of the logged loss, else repeated overshoots, else None.
     """
+    key = ("early_jump", same_batch, logged, steps)
+    return history.once(key, lambda: _early_jump(history, same_batch, logged, steps))
+
+
+def _early_jump(history: History, same_batch: float, logged: float, steps: int) -> Jump | None:
     end = early_end(history, steps)
     jump = batch_jump(history, 0, end, same_batch)
     if jump is not None:
         return jump
-    probed = any(step < end for step in history.get("loss_after").steps)
+    probed = any(point.step < end for point in history.get("loss_after"))
     factor, step = _logged_jump(history, end, with_nan=not probed)
     # What is seen at a step was done by the update before.
-    ratios = [ratio for at, ratio in finite_points(history.get("step_ratio")) if at == step - 1]
+    ratios = [ratio for at, ratio in history.finite("step_ratio") if at == step - 1]
     return Jump(factor, step, False, _rate_factor(ratios)) if factor > logged else _overshoots(history, end)
 
 
@@ -194,18 +194,18 @@ def _overshoots(history: History, end: int) -> Jump | None:
     At some rates the first steps kill the units before the loss can leap. Measured: a share of 0.2 or more in the first
     20 steps was found in 14 of 26 too-high runs and in 1 of 42 healthy ones, so it counts only together with damage.
     """
-    early = [(step, ratio) for step, ratio in finite_points(history.get("step_ratio")) if step < end]
+    early = [(step, ratio) for step, ratio in history.finite("step_ratio") if step < end]
     risen = [(step, ratio) for step, ratio in early if ratio < 0]
     if len(early) < OVERSHOOT_PROBES or len(risen) < OVERSHOOT_SHARE * len(early):
         return None
-    before, after = history.get("loss_before"), dict(finite_points(history.get("loss_after")))
-    factors = [_ratio(after[step], value) for step, value in finite_points(before) if step in after and step < end]
+    before, after = history.finite("loss_before"), dict(history.finite("loss_after"))
+    factors = [_ratio(after[step], value) for step, value in before if step in after and step < end]
     return Jump(max(factors, default=1.0), risen[0][0], True, _rate_factor([risen[0][1]]), len(risen) / len(early))
 
 
 def any_overshoot(history: History) -> Jump | None:
     """The worst update that raised the loss of its own batch, at any time; None if none did."""
-    ratios = finite_points(history.get("step_ratio"))
+    ratios = history.finite("step_ratio")
     worst = min(ratios, key=lambda point: point.value, default=None)
     if worst is None or worst.value >= 0:
         return None
@@ -217,7 +217,7 @@ def _logged_jump(history: History, end: int, *, with_nan: bool) -> tuple[float, 
     first, losses = first_loss(history), history.get("loss")
     if first is None or not math.isfinite(first) or first <= 0:
         return 0.0, 0
-    pairs = [(_ratio(v, first), s) for s, v in zip(losses.steps, losses.values, strict=True) if 0 < s < end]
+    pairs = [(_ratio(v, first), s) for s, v in losses if 0 < s < end]
     return max((pair for pair in pairs if with_nan or math.isfinite(pair[0])), default=(0.0, 0))
 
 
@@ -234,9 +234,10 @@ def deaths(history: History, quantity: str = "dead_fraction") -> list[Death]:
     """Dead share of each layer before the first update and now; layers without a window before it are left out."""
     found = []
     for layer in history.layers(quantity):
-        points = finite_points(history.get(quantity, layer))
-        if len(points) > 1 and points[0].step == 0:
-            found.append(Death(layer, points[0].value, points[-1].value))
+        series = history.get(quantity, layer)
+        early = list(islice(series.finite(), 2))
+        if len(early) > 1 and early[0].step == 0:
+            found.append(Death(layer, early[0].value, next(series.finite(newest_first=True)).value))
     return found
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from lightning_interp.rules._curve import Forecast, forecast
-from lightning_interp.rules._evidence import finite_points, recent_loss, steps_done
+from lightning_interp.rules._evidence import recent_loss, steps_done
 from lightning_interp.rules._schedule import work_done
 from lightning_interp.rules.history import History
 
@@ -16,7 +16,7 @@ MIN_POINTS = 16  # losses below which a curve is a matter of luck
 
 def forecast_of(history: History, horizon: float, min_points: int = MIN_POINTS) -> Forecast | None:
     """The loss at `horizon` times the work done so far, from the last half of that work; None with too few losses."""
-    points = finite_points(history.get("loss"))
+    points = history.finite("loss")
     if not points:
         return None
     work = work_done(history, [point.step for point in points])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Collection
+from itertools import takewhile
 from typing import NamedTuple
 
-from lightning_interp.rules._evidence import finite_points
 from lightning_interp.rules.history import History
 
 
@@ -32,22 +33,29 @@ def layer_gradients(history: History, probes: int) -> list[LayerGradient]:
     multiplies all gradients, and a layer whose weights are twice as large, with an output halved behind it, has half
     the gradient.
     """
-    total = dict(finite_points(history.get("gradient_norm"))[-probes:])
+    total = dict(history.finite("gradient_norm")[-probes:])
     found = []
     for layer in history.layers("gradient_norm"):
-        norms = dict(finite_points(history.get("gradient_norm", layer)))
+        norms = _at(history, "gradient_norm", layer, total)
         shares = [norms[step] / value for step, value in total.items() if step in norms and value > 0]
         if not history.fact("trainable", 1.0, layer) or not shares or statistics.median(shares) <= 0:
             continue
-        weights = _weight_norms(history, layer)
+        weights = _weight_norms(history, layer, total)
         products = [norms[step] * weights[step] for step in total if step in norms and step in weights]
         sensitivity = statistics.median(products) if products else math.nan
         found.append(LayerGradient(layer, statistics.median(shares), sensitivity))
     return found
 
 
-def _weight_norms(history: History, layer: str) -> dict[int, float]:
+def _weight_norms(history: History, layer: str, steps: Collection[int]) -> dict[int, float]:
     """By step: norm(update) / (norm(update) / norm(weight)). Biases count in the first of the two, so about."""
-    updates = dict(finite_points(history.get("update_norm", layer)))
-    ratios = finite_points(history.get("update_ratio", layer))
-    return {step: updates[step] / ratio for step, ratio in ratios if ratio > 0 and step in updates}
+    updates = _at(history, "update_norm", layer, steps)
+    ratios = _at(history, "update_ratio", layer, steps)
+    return {step: updates[step] / ratio for step, ratio in ratios.items() if ratio > 0 and step in updates}
+
+
+def _at(history: History, quantity: str, layer: str, steps: Collection[int]) -> dict[int, float]:
+    """The values at these steps, read from the newest one back: the steps are few and late, the layers may be many."""
+    first = min(steps, default=math.inf)
+    newest = history.get(quantity, layer).finite(newest_first=True)
+    return {step: value for step, value in takewhile(lambda point: point.step >= first, newest) if step in steps}

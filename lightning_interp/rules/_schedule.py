@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_interp.rules._evidence import finite_points
 from lightning_interp.rules.history import History
 
 
@@ -23,7 +22,7 @@ def rates_at(history: History, steps: Sequence[float] | NDArray[np.float64]) -> 
         >>> rates_at(history, [0, 5, 10, 99]).tolist()
         [0.5, 0.75, 1.0, 1.0]
     """
-    known = finite_points(history.get("learning_rate"))
+    known = history.finite("learning_rate")
     largest = max((point.value for point in known), default=0.0)
     if largest <= 0:
         return np.ones(len(steps))
@@ -54,7 +53,7 @@ def work_done(history: History, steps: Sequence[int]) -> NDArray[np.float64]:
         [1.0, 10.0, 16.0]
     """
     at = np.asarray(steps, dtype=float)
-    knots = np.array(sorted({0.0, *(point.step for point in finite_points(history.get("learning_rate")))}))
+    knots = np.array(sorted({0.0, *(point.step for point in history.finite("learning_rate"))}))
     rates = rates_at(history, knots)
     # The area under straight lines between the knots; the step itself counts too, so there is a whole one at step 0.
     areas = np.concatenate([[0.0], np.cumsum(np.diff(knots) * (rates[1:] + rates[:-1]) / 2)])
@@ -65,7 +64,7 @@ def work_done(history: History, steps: Sequence[int]) -> NDArray[np.float64]:
 
 def still_rising(history: History) -> bool:
     """Whether the largest rate was reached in the last fifth of the steps so far, by a rise: a warm-up."""
-    rates = finite_points(history.get("learning_rate"))
+    rates = history.finite("learning_rate")
     if not rates:
         return False
     peak = max(rates, key=lambda point: point.value)  # the first of equal ones

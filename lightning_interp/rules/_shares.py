@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 from lightning_interp._options import check_number
 from lightning_interp.errors import ArgumentError
-from lightning_interp.rules._evidence import early_jump, finite_points, inputs_off, level, severity_of, started_badly
+from lightning_interp.rules._evidence import early_jump, inputs_off, level, severity_of, started_badly
 from lightning_interp.rules.alert import Severity
 from lightning_interp.rules.history import History
 from lightning_interp.rules.rule import Key
@@ -56,16 +57,17 @@ def find_shares(
     # After a bad start the loss leaps because of it, whatever the rate.
     jumped = early_jump(history) is not None and not started_badly(history, BAD_START)
     for layer in history.layers(quantity):
-        points = finite_points(history.get(quantity, layer))
-        if len(points) < 2:
+        newest = [point.value for point in islice(history.get(quantity, layer).finite(newest_first=True), 2)]
+        if len(newest) < 2:
             continue
         # At the end no second window will follow that could bear the last one out.
-        now = points[-1].value if history.finished else min(points[-1].value, points[-2].value)
+        now = newest[0] if history.finished else min(newest)
         if quantity == "dead_fraction":
             now -= history.fact("pruned_dead", 0.0, layer) / history.fact("num_filters", 1.0, layer)
         severity = level(now, thresholds, severity_of(active, (rule, layer)))
         if now <= 0 or severity is None:
             continue
+        points = history.finite(quantity, layer)
         born = points[0].value if points[0].step == 0 else None
         below = [i for i, point in enumerate(points) if point.value < min(thresholds[0], now)]
         since = points[below[-1] + 1].step if below and below[-1] + 1 < len(points) else points[0].step

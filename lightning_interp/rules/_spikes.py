@@ -7,7 +7,7 @@ import statistics
 from itertools import pairwise
 from typing import NamedTuple
 
-from lightning_interp.rules._evidence import early_end, finite_points, guess_loss
+from lightning_interp.rules._evidence import early_end, guess_loss
 from lightning_interp.rules.history import History, Point
 
 _BEFORE = 20  # losses whose median is "the loss before"
@@ -43,7 +43,7 @@ def find_spike(history: History, factor: float, min_steps: int = 50) -> Spike | 
         None if there is none, if the losses before it are not all known (a run that was continued), or if any loss
         is not positive: then multiples mean nothing.
     """
-    peaks, losses = finite_points(history.get("loss_peak")), finite_points(history.get("loss"))
+    peaks, losses = history.finite("loss_peak"), history.finite("loss")
     if not losses or losses[0].step != 0 or any(point.value <= 0 for point in (*peaks, *losses)):
         return None
     begin = max(min_steps, early_end(history, 20))
@@ -59,5 +59,5 @@ def _described(history: History, losses: list[Point], peak: Point, ceiling: floa
     usual = statistics.median(before[-_BEFORE:])
     # Half of the way in orders of magnitude; the batch at the peak had not been learned from yet.
     rising = before[-1] > max(math.sqrt(usual * peak.value), max(before[-_BEFORE:-1], default=0.0))
-    ratio = dict(finite_points(history.get("step_ratio"))).get(peak.step - 1, 1.0)
+    ratio = dict(history.finite("step_ratio")).get(peak.step - 1, 1.0)
     return Spike(peak.step, peak.value, peak.value / ceiling, usual, rising or ratio < 0)

@@ -70,11 +70,12 @@ class AlertBook:
             The alerts whose status or severity changed now, with `step` and `epoch` set.
         """
         self.errors = []
+        look = history.look()
         severities = {key: alert.severity for key, alert in self._active.items()}
         changed = []
         for rule in self.rules:
             try:
-                found = self._ask(rule, history, severities)
+                found = self._ask(rule, look, severities)
             except Exception as error:  # one rule of a user's must not take the others with it
                 self.errors.append((rule, error))
                 continue

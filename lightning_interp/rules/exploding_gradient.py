@@ -12,7 +12,6 @@ from lightning_interp._options import check_at_least, check_number
 from lightning_interp.rules._evidence import (
     RELAXED,
     broken_since,
-    finite_points,
     guess_loss,
     largest_dead,
     recent_loss,
@@ -119,7 +118,7 @@ class ExplodingGradientRule(Rule):
         return bad or largest_dead(history) >= self.dead or explains_loss(history)
 
     def _over_time(self, history: History) -> tuple[float, list[float]]:
-        norms = [point.value for point in finite_points(history.get("gradient_norm"))]
+        norms = [point.value for point in history.finite("gradient_norm")]
         if len(norms) < _LONG + self.checks:
             return math.nan, []
         return statistics.median(norms[: -self.checks]), norms[-self.checks :]

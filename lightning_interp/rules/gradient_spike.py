@@ -12,7 +12,6 @@ from lightning_interp._options import check_at_least, check_number
 from lightning_interp.rules._evidence import (
     RECENT,
     broken_since,
-    finite_points,
     reference_loss,
     steps_done,
 )
@@ -94,7 +93,7 @@ class GradientSpikeRule(Rule):
         return reference is not None and now > spike.before + self.lost * max(reference - spike.before, spike.before)
 
     def _alert(self, history: History, spike: Spike, now: float | None, gone: bool) -> Alert:
-        norms = {point.step: point.value for point in finite_points(history.get("gradient_norm"))}
+        norms = {point.step: point.value for point in history.finite("gradient_norm")}
         usual = statistics.median(value for step, value in norms.items() if step != spike.step) if norms else None
         numbers = {
             "spike_step": float(spike.step),
@@ -125,7 +124,7 @@ class GradientSpikeRule(Rule):
 
 def _since(history: History, spike: Spike) -> float | None:
     """Median of the newest losses after the spike; None until there are enough."""
-    values = [point.value for point in finite_points(history.get("loss")) if point.step > spike.step][-RECENT:]
+    values = [point.value for point in history.finite("loss") if point.step > spike.step][-RECENT:]
     return statistics.median(values) if len(values) == RECENT else None
 
 

@@ -42,8 +42,12 @@ update stands at step 0.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple, TypeVar
+
+_T = TypeVar("_T")
 
 
 class Point(NamedTuple):
@@ -96,12 +100,17 @@ class Series:
     @property
     def steps(self) -> list[int]:
         """Steps of the kept points, with those not yet merged."""
-        return [point.step for point in (*self.points, *self._pending)]
+        return [point.step for point in self]
 
     @property
     def values(self) -> list[float]:
         """Values of the kept points, with those not yet merged."""
-        return [point.value for point in (*self.points, *self._pending)]
+        return [point.value for point in self]
+
+    @property
+    def first(self) -> Point | None:
+        """The oldest point."""
+        return next(iter(self), None)
 
     @property
     def last(self) -> Point | None:
@@ -109,6 +118,14 @@ class Series:
         if self._pending:
             return self._pending[-1]
         return self.points[-1] if self.points else None
+
+    def __iter__(self) -> Iterator[Point]:
+        return chain(self.points, self._pending)
+
+    def finite(self, *, newest_first: bool = False) -> Iterator[Point]:
+        """The points whose value is a number, one by one: whoever needs the first ones only reads no more."""
+        parts = (reversed(self._pending), reversed(self.points)) if newest_first else (self.points, self._pending)
+        return (point for point in chain(*parts) if math.isfinite(point.value))
 
     def __len__(self) -> int:
         return len(self.points) + len(self._pending)
@@ -135,6 +152,7 @@ class History:
     step: int = 0
     epoch: int = 0
     finished: bool = False
+    _known: dict[Hashable, Any] | None = field(default=None, repr=False, compare=False)
 
     def record(self, quantity: str, value: float, *, step: int, layer: str | None = None) -> None:
         """Appends one value to a series."""
@@ -153,7 +171,20 @@ class History:
 
     def get(self, quantity: str, layer: str | None = None) -> Series:
         """The series, empty when nothing was recorded."""
-        return self.series.get((quantity, layer), Series())
+        series = self.series.get((quantity, layer))
+        return Series() if series is None else series
+
+    def finite(self, quantity: str, layer: str | None = None) -> list[Point]:
+        """The points of a series whose value is a number, oldest first; not to be changed.
+
+        Example:
+            >>> history = History()
+            >>> history.record("loss", 2.0, step=0)
+            >>> history.record("loss", math.nan, step=1)
+            >>> history.finite("loss")
+            [Point(step=0, value=2.0)]
+        """
+        return self.once(("finite", quantity, layer), lambda: list(self.get(quantity, layer).finite()))
 
     def fact(self, fact: str, default: float, layer: str | None = None) -> float:
         """The fact, or `default`."""
@@ -161,8 +192,28 @@ class History:
 
     def layers(self, quantity: str) -> list[str]:
         """Layers for which the series or the fact exists, in the order in which they were first recorded."""
-        names = [*self.series, *self.facts]
-        return list(dict.fromkeys(layer for name, layer in names if name == quantity and layer is not None))
+        return list(self.once(("layers",), self._layers).get(quantity, ()))
+
+    def _layers(self) -> dict[str, dict[str, None]]:
+        """Quantity to its layers, in order."""
+        found: dict[str, dict[str, None]] = {}
+        for name, layer in chain(self.series, self.facts):
+            if layer is not None:
+                found.setdefault(name, {})[layer] = None
+        return found
+
+    def look(self) -> History:
+        """The same numbers for one look, during which nothing changes: what rules have in common is done once."""
+        return History(self.series, self.facts, self.step, self.epoch, self.finished, _known={})
+
+    def once(self, key: Hashable, work: Callable[[], _T]) -> _T:
+        """What `work` gives; within a look (see `look`), that of the first call with this key."""
+        if self._known is None:
+            return work()
+        if key not in self._known:
+            self._known[key] = work()
+        result: _T = self._known[key]
+        return result
 
     def state_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, safe in a checkpoint."""

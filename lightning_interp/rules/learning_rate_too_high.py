@@ -18,7 +18,6 @@ from lightning_interp.rules._evidence import (
     collapsed_to,
     deaths,
     early_jump,
-    finite_points,
     guess_loss,
     is_problem,
     recent_loss,
@@ -50,7 +49,8 @@ class LearningRateTooHighRule(Rule):
     a dead share of a layer that rose by more than `dead_gain` in a run in which some step overshot. With a mark
 
     - the loss is no number any more; or it is above `recovered` of ln C from `late_step` on, after a jump or with a
-      layer killed (`dead_gain`); after a jump of one batch, or with both, from `judge_step` on: critical;
+      layer killed (`dead_gain`); after a jump of one batch, or with both, from `judge_step` on; or above `lost` of it
+      from `judge_step` on, warm-up or not: critical;
     - or it is above `hampered` of that from `late_step` on, after a jump and with a layer killed; above `halfway` of
       it when half of the planned steps are done; above `at_end` of it when they are all done, and three times the
       steps would not bring it below `hopeless`: a warning;
@@ -71,8 +71,8 @@ class LearningRateTooHighRule(Rule):
     Source: catapult, Lewkowycz et al. 2020. Deaths grow with the rate, Meltzer et al. 2023. Measured by
     `benchmarks/diagnosis` on five small networks, three data sets and three optimizers, on which the thresholds were
     chosen: found 29 of 31 runs to which a lower rate would have brought 0.3 of the attainable fall of the loss, and no
-    other; on other networks, data and optimizers 10 of 11, with four false alarms, all of them in runs that hardly
-    learned at any rate. By step 100 it named 14 of 19, and 8 of 9, of those that were hurt in the first 50.
+    other; on other networks, data and optimizers 26 of 28, with three false alarms. By step 100 it named 15 of 19, and
+    22 of 24, of those that were hurt in the first 50: networks with BatchNorm under a warm-up collapse later.
 
     Attributes:
         jump: Growth of the loss of one batch by its own update.
@@ -81,6 +81,7 @@ class LearningRateTooHighRule(Rule):
         judge_step: Step by which the loss should have come down.
         late_step: Step from which it is expected whatever the network.
         recovered: Part of ln C (or of the first loss) below which it has.
+        lost: Part of that above which it is worse than nothing learned.
         hampered: The same from `late_step` on, where a layer was killed by a jump.
         halfway: The same when half of the planned steps are done.
         at_end: The same at the end.
@@ -101,6 +102,7 @@ class LearningRateTooHighRule(Rule):
     judge_step: int = 60
     late_step: int = 100
     recovered: float = 0.9
+    lost: float = 1.2
     hampered: float = 0.65
     halfway: float = 0.6
     at_end: float = 0.4
@@ -169,7 +171,8 @@ class LearningRateTooHighRule(Rule):
         if stuck and late and (killed or leapt):
             return "critical"
         # A jump of the logged loss alone may be a rough start, and is given until `late_step`.
-        if stuck and leapt and (killed or jump.same_batch) and done >= self.judge_step + later:
+        soon = done >= self.judge_step + later and (killed or jump.same_batch)
+        if leapt and ((stuck and soon) or (part > self.lost and done >= self.judge_step)):
             return "critical"
         if part > self.hampered and killed and leapt and late:
             return "warning"
@@ -223,7 +226,8 @@ def _lost_level(history: History) -> float | None:
 
 def explains_loss(history: History) -> bool:
     """Whether a too-high rate, with the default thresholds, is behind the loss of this run."""
-    return any(is_problem(alert.severity) for alert in LearningRateTooHighRule().check(history, ()))
+    check = LearningRateTooHighRule().check
+    return history.once("explains_loss", lambda: any(is_problem(alert.severity) for alert in check(history, ())))
 
 
 def _describe(jump: Jump) -> str:
@@ -251,14 +255,13 @@ def _outcome(broken: int | None, stuck: float | None, reference: float | None, k
 def _advice(history: History, jump: Jump, severity: Severity) -> str:
     if severity == "info":
         return "Nothing to do; with a rate much above this one the run would fail."
-    rate = history.get("learning_rate")
-    past = [point.value for point in finite_points(rate) if point.step <= jump.step] or [math.nan]
+    past = [point.value for point in history.finite("learning_rate") if point.step <= jump.step] or [math.nan]
     target = f", to about {past[-1] * jump.rate_factor:.1e}" if past[-1] > 0 else ""
     return f"Divide the learning rate by about {1 / jump.rate_factor:.0f}{target}, or warm it up."
 
 
 def _evidence(history: History, jump: Jump, worst: Death) -> dict[str, float]:
-    ratios = [point.value for point in finite_points(history.get("step_ratio")) if point.step <= jump.step + 20]
+    ratios = [point.value for point in history.finite("step_ratio") if point.step <= jump.step + 20]
     numbers = {
         "jump": jump.factor,
         "jump_step": float(jump.step),

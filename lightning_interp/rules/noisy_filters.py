@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lightning_interp._options import check_at_least, check_number
-from lightning_interp.rules._evidence import finite_points, recent_loss, reference_loss, steps_done
+from lightning_interp.rules._evidence import recent_loss, reference_loss, steps_done
 from lightning_interp.rules.alert import Alert
 from lightning_interp.rules.history import History
 from lightning_interp.rules.rule import Key, Rule
@@ -54,8 +54,9 @@ class NoisyFiltersRule(Rule):
 
     def check(self, history: History, active: Collection[Key]) -> Iterable[Alert]:
         """One alert for the first layer, or none."""
-        series = {layer: finite_points(history.get("filter_smoothness", layer)) for layer in _layers(history)}
-        layer, points = next(((layer, points) for layer, points in series.items() if points), ("", []))
+        quantity = "filter_smoothness"
+        series = ((layer, history.finite(quantity, layer)) for layer in history.layers(quantity))
+        layer, points = next(((layer, points) for layer, points in series if points), ("", []))
         if len(points) < 2 or points[0].step != 0 or steps_done(history) < self.min_steps:
             return
         start, now = points[0].value, points[-1].value
@@ -88,7 +89,3 @@ class NoisyFiltersRule(Rule):
             alternatives=["too few steps", "learning rate too low", "weight decay too low"],
             source=SOURCE,
         )
-
-
-def _layers(history: History) -> list[str]:
-    return history.layers("filter_smoothness")

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lightning_interp.rules._evidence import broken_since, early_jump, finite_points, first_loss
+from lightning_interp.rules._evidence import broken_since, early_jump, first_bad_loss, first_loss
 from lightning_interp.rules.alert import Alert, Severity
 from lightning_interp.rules.history import History
 from lightning_interp.rules.rule import Key, Rule
@@ -29,7 +29,7 @@ class NonFiniteRule(Rule):
 
     def check(self, history: History, active: Collection[Key]) -> Iterable[Alert]:
         """One alert for the run: when one number is not finite, soon none is."""
-        loss_step = _first_bad_loss(history)
+        loss_step = first_bad_loss(history)
         layers = sorted(
             (history.fact("non_finite_step", math.inf, layer), order, layer)
             for order, layer in enumerate(history.layers("non_finite_step"))
@@ -66,18 +66,11 @@ _ADVICE = {
 }
 
 
-def _first_bad_loss(history: History) -> int | None:
-    losses = history.get("loss")
-    bad = [step for step, value in zip(losses.steps, losses.values, strict=True) if not math.isfinite(value)]
-    step = min([*bad, history.fact("non_finite_step", math.inf)])
-    return None if step == math.inf else int(step)
-
-
 def _severity(history: History, loss_step: int | None, layer_step: float) -> Severity:
     if loss_step is not None:
         return "critical" if broken_since(history) is not None else "warning"
     # Two steps on, a poisoned weight would have reached the loss.
-    later = any(point.step >= layer_step + 2 for point in finite_points(history.get("loss"))[-1:])
+    later = any(point.step >= layer_step + 2 for point in history.finite("loss")[-1:])
     return "info" if later else "critical"
 
 

@@ -15,7 +15,6 @@ from lightning_interp.rules._evidence import (
     RECENT,
     RELAXED,
     broken_since,
-    finite_points,
     guess_loss,
     is_problem,
     recent_loss,
@@ -149,7 +148,7 @@ class OverfittingRule(Rule):
             yield self._apart(history, metric, seen, "warning" if large else "info")
 
     def _look(self, history: History, metric: str, relaxed: float) -> _Seen | None:
-        points = finite_points(history.get("validation_metric", metric))
+        points = history.finite("validation_metric", metric)
         training, reference = recent_loss(history), reference_loss(history)
         if training is None or reference is None or len(points) < self.checks + 3:
             return None
@@ -275,13 +274,13 @@ def _noise(values: Sequence[float]) -> float:
 
 def _loss_at(history: History, step: int) -> float | None:
     """Median of the last training losses up to a step."""
-    values = [point.value for point in finite_points(history.get("loss")) if point.step <= step][-RECENT:]
+    values = [point.value for point in history.finite("loss") if point.step <= step][-RECENT:]
     return statistics.median(values) if values else None
 
 
 def _accuracy_gain(history: History, step: int, checks: int) -> float | None:
     """Median of the newest validation accuracies minus that of the three up to a step."""
     metric = find_metric(history, _ACCURACY)
-    points = [] if metric is None else finite_points(history.get("validation_metric", metric))
+    points = [] if metric is None else history.finite("validation_metric", metric)
     before = [point.value for point in points if point.step <= step][-3:]
     return statistics.median(p.value for p in points[-checks:]) - statistics.median(before) if before else None

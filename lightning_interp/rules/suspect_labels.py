@@ -13,7 +13,6 @@ from lightning_interp.rules._evidence import (
     RECENT,
     RELAXED,
     broken_since,
-    finite_points,
     guess_loss,
     largest_dead,
     recent_loss,
@@ -102,7 +101,7 @@ class SuspectLabelsRule(Rule):
             return
         if largest_dead(history) >= self.dead or explains_loss(history):
             return
-        begin = _learned_from(history)
+        begin = history.once("learned_from", lambda: _learned_from(history))
         known = [each for each in measured if each.recognition >= self.recognition and each.step >= begin]
         found = _held(known, history.finished)
         if found is not None:
@@ -168,14 +167,14 @@ class SuspectLabelsRule(Rule):
 
 
 def _measured(history: History) -> list[_Measured]:
-    shares = dict(finite_points(history.get("suspect_label_share")))
-    known = finite_points(history.get("label_recognition"))
+    shares = dict(history.finite("suspect_label_share"))
+    known = history.finite("label_recognition")
     return [_Measured(step, shares[step], value) for step, value in known if step in shares]
 
 
 def _learned_from(history: History) -> float:
     """Step from which the network has learned something; 0 if the loss is no cross-entropy, infinity if never."""
-    guess, losses = guess_loss(history), finite_points(history.get("loss"))
+    guess, losses = guess_loss(history), history.finite("loss")
     if guess is None or not losses:
         return 0.0
     ends = range(RECENT, len(losses) + 1)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lightning_interp._options import check_number
-from lightning_interp.rules._evidence import finite_points
 from lightning_interp.rules.alert import Alert
 from lightning_interp.rules.history import History
 from lightning_interp.rules.rule import Key, Rule
@@ -47,7 +46,7 @@ class UnlearnedClassRule(Rule):
         limit = self.probability + (_RELEASE if (self.name, None) in active else 0.0)
         low: dict[str, float] = {}
         for name in classes:
-            points = [p for p in finite_points(history.get("class_image_augmented", name)) if p.step > 0][-2:]
+            points = [p for p in history.finite("class_image_augmented", name) if p.step > 0][-2:]
             if len(points) == 2 and max(point.value for point in points) < limit:
                 low[name] = points[-1].value
         if not low:

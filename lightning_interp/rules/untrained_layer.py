@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lightning_interp._options import check_positive_int
-from lightning_interp.rules._evidence import finite_points
 from lightning_interp.rules.alert import Alert
 from lightning_interp.rules.history import History
 from lightning_interp.rules.rule import Key, Rule
@@ -45,21 +44,20 @@ class UntrainedLayerRule(Rule):
 
     def check(self, history: History, active: Collection[Key]) -> Iterable[Alert]:
         """One alert for each layer concerned."""
-        updates = {
-            layer: dict(finite_points(history.get("update_norm", layer))) for layer in history.layers("update_norm")
-        }
-        moving = {step for values in updates.values() for step, value in values.items() if value > 0}
+        layers = history.layers("update_norm")
+        moving = [layer for layer in layers if _moved(history, layer)]
         for layer in history.layers("trainable"):
             if history.fact("trainable", 1.0, layer) == 0:
                 yield self._frozen(layer)
-        trainable = {layer: steps for layer, steps in updates.items() if history.fact("trainable", 1.0, layer)}
         if not moving:
-            yield from self._all_still(history, trainable)
+            yield from self._all_still(history, [layer for layer in layers if _is_trainable(history, layer)])
             return
-        for layer, values in trainable.items():
-            probes = [values[step] for step in moving if step in values]
-            if len(probes) >= self.min_probes and not any(probes):
-                yield self._still(history, layer, len(probes))
+        moved = set(moving)
+        for layer in layers:
+            if layer not in moved and _is_trainable(history, layer):
+                probes = _probes(history, layer, moving)
+                if probes >= self.min_probes:
+                    yield self._still(history, layer, probes)
 
     def _frozen(self, layer: str) -> Alert:
         return Alert(
@@ -91,21 +89,21 @@ class UntrainedLayerRule(Rule):
             source=SOURCE,
         )
 
-    def _all_still(self, history: History, updates: dict[str, dict[int, float]]) -> Iterable[Alert]:
-        at_work = {step for step, rate in finite_points(history.get("learning_rate")) if rate > 0}
-        probes = len(at_work & {step for values in updates.values() for step in values})
+    def _all_still(self, history: History, layers: list[str]) -> Iterable[Alert]:
+        at_work = {step for step, rate in history.finite("learning_rate") if rate > 0}
+        probes = len(at_work & {point.step for layer in layers for point in history.get("update_norm", layer).finite()})
         if probes < self.min_probes_all:
             return
-        cause, advice, evidence = _why(history, next(iter(updates)))
+        cause, advice, evidence = _why(history, layers[0])
         yield Alert(
             rule=self.name,
             severity="warning",
             value=0.0,
             threshold=0.0,
             cause=cause,
-            message=f"None of the {len(updates)} layers changed in {probes} probed steps at a learning rate above 0.",
+            message=f"None of the {len(layers)} layers changed in {probes} probed steps at a learning rate above 0.",
             advice=advice,
-            evidence={"probes": float(probes), "layers": float(len(updates)), **evidence},
+            evidence={"probes": float(probes), "layers": float(len(layers)), **evidence},
             alternatives=["gradients that are never finite, so that each step is skipped"],
             source=SOURCE,
         )
@@ -114,10 +112,30 @@ class UntrainedLayerRule(Rule):
 _NOT_HELD = "in no optimizer"
 
 
+def _is_trainable(history: History, layer: str) -> bool:
+    return history.fact("trainable", 1.0, layer) != 0
+
+
+def _moved(history: History, layer: str) -> bool:
+    """Whether it ever moved: the newest probe tells for most layers, so the others are seldom read."""
+    return any(point.value > 0 for point in history.get("update_norm", layer).finite(newest_first=True))
+
+
+def _probes(history: History, layer: str, moving: list[str]) -> int:
+    """Probed steps of a layer at which another one moved: mostly the first one that is asked moved at all of them."""
+    steps = {point.step for point in history.get("update_norm", layer).finite()}
+    left = set(steps)
+    for other in moving:
+        if not left:
+            break
+        left -= {step for step, value in history.get("update_norm", other).finite() if value > 0}
+    return len(steps) - len(left)
+
+
 def _why(history: History, layer: str) -> tuple[str, str, dict[str, float]]:
     """Cause, advice and evidence for a layer that could move and does not."""
     held = history.fact("in_optimizer", 1.0, layer)
-    gradients = [point.value for point in finite_points(history.get("gradient_norm", layer))]
+    gradients = [point.value for point in history.finite("gradient_norm", layer)]
     evidence = {"in_optimizer": held} | ({"largest_gradient": max(gradients)} if gradients else {})
     if not held:
         return _NOT_HELD, f"Pass the parameters of {layer} to the optimizer in configure_optimizers.", evidence

@@ -165,6 +165,16 @@ def test_under_a_warm_up_the_early_phase_lasts_longer():
     assert (alert.severity, alert.evidence["jump_step"]) == ("critical", 50)
 
 
+@pytest.mark.parametrize(("loss", "severities"), [(2.7, ["info"]), (2.9, ["critical"])])
+def test_a_loss_above_that_of_a_guess_is_not_waited_for_even_under_a_warm_up(loss, severities):
+    """1.2 ln 10 is 2.76; a loss of 2.7 is given until step 90, 60 after the jump could first have been."""
+    history = run_of([2.3] * 30 + [loss] * 45)
+    write(history, "loss_before", [2.3] * 75)
+    write(history, "loss_after", [2.2] * 50 + [20.0] + [2.2] * 24)
+    write(history, "learning_rate", [0.002 * (step + 1) for step in range(60)] + [0.12] * 15)
+    assert [alert.severity for alert in check(LearningRateTooHighRule(), history)] == severities
+
+
 def test_without_the_same_batch_the_logged_loss_decides_and_the_evidence_says_so():
     (alert,) = check(LearningRateTooHighRule(), run_of([2.3, 9.0] + [2.3] * 98))
     assert (alert.severity, alert.threshold, alert.evidence["same_batch"]) == ("critical", 3.0, 0)

@@ -30,9 +30,26 @@ def test_the_factor_follows_the_ratio():
     assert "about 6 times" in alert.advice  # 1 / (2 * 0.08) = 6.25
 
 
-@pytest.mark.parametrize("history", [slow(ratio=0.9), slow(loss=0.1), slow(steps=160)], ids=["long", "low", "early"])
+@pytest.mark.parametrize("history", [slow(ratio=0.84), slow(loss=0.1), slow(steps=160)], ids=["long", "low", "early"])
 def test_it_is_silent_where_steps_are_long_the_loss_is_low_or_it_is_early(history):
     assert check(LearningRateTooLowRule(), history) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "ratio", "fires"),
+    [
+        (0.31, 0.91, False),
+        (0.31, 0.93, True),
+        (0.4, 0.88, False),
+        (0.4, 0.89, True),
+        (0.9, 0.84, False),
+        (0.9, 0.86, True),
+    ],
+)
+def test_the_ratio_must_prove_less_the_further_the_loss_is_from_its_floor(part, ratio, fires):
+    """0.92 at 0.3 of ln C, 0.885 half-way, 0.85 from 0.5 on."""
+    history = slow(ratio=ratio, loss=part * 2.3)
+    assert bool(check(LearningRateTooLowRule(), history)) is fires
 
 
 def test_a_blow_up_explains_small_steps():
@@ -88,7 +105,7 @@ def test_without_a_step_ratio_the_update_ratio_is_a_weaker_sign():
 
 def test_it_clears_only_well_below_the_threshold():
     wavering = slow(ratio=0.965)
-    rule = LearningRateTooLowRule(ratio=0.97)
+    rule = LearningRateTooLowRule(ratio=0.97, far_ratio=0.97)
     assert check(rule, wavering) == []
     assert len(check(rule, wavering, {("learning_rate_too_low", None): "warning"})) == 1
 
