@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
@@ -40,6 +41,43 @@ def seconds(call: Callable[[], Any]) -> float:
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
+
+
+class Logs:
+    """The same points into two logs: our own projector's, and that of torch's SummaryWriter.
+
+    Args:
+        folder: Gets `ours` and `torch`.
+        points: (N, D), float32; the labels are ten.
+    """
+
+    def __init__(self, folder: Path, points: NDArray[np.float32]) -> None:
+        self.mine, self.theirs = folder / "ours", folder / "torch"
+        self._points, self._tensor = points, torch.from_numpy(points)
+        self._labels = [str(i % 10) for i in range(len(points))]
+        self._writer = SummaryWriter(self.theirs)
+
+    def ours(self, step: int, sprites: Any = None) -> float:
+        """Writes a snapshot, with (N, H, W, 3) thumbnails where they are given; wall time in seconds."""
+        record = Embedding(
+            tag="interp.embedding/fc", step=step, points=self._points, labels=self._labels, sprites=sprites
+        )
+        return seconds(lambda: projector.write(self.mine, [record]))
+
+    def torchs(self, step: int, images: Any = None) -> float:
+        """Likewise, with (N, 3, H, W)."""
+        return seconds(
+            lambda: self._writer.add_embedding(self._tensor, self._labels, label_img=images, global_step=step)
+        )
+
+    def close(self) -> None:
+        """Ends the writer."""
+        self._writer.close()
+
+
+def normal_points(count: int, dimensions: int) -> NDArray[np.float32]:
+    """(count, dimensions) normal numbers."""
+    return np.random.default_rng(0).standard_normal((count, dimensions)).astype(np.float32)
 
 
 def first_request(folder: Path) -> None:
@@ -64,29 +102,19 @@ def main() -> None:
     parser.add_argument("--dimensions", type=int, default=512, help="columns (default 512)")
     parser.add_argument("--rounds", type=int, default=5, help="snapshots of each (default 5)")
     options = parser.parse_args()
+    points = normal_points(options.points, options.dimensions)
     random = np.random.default_rng(0)
-    points = random.standard_normal((options.points, options.dimensions)).astype(np.float32)
-    labels = [str(i % 10) for i in range(options.points)]
     grey = random.integers(0, 256, (options.points, SIDE, SIDE, 1), dtype=np.uint8).repeat(3, axis=3)
-    tensors = {"mat": torch.from_numpy(points), "metadata": labels}
     pictures = torch.from_numpy(grey).permute(0, 3, 1, 2) / 255
     with tempfile.TemporaryDirectory() as scratch:
-        mine, theirs = Path(scratch) / "ours", Path(scratch) / "torch"
-        with SummaryWriter(theirs) as writer:
-
-            def ours(step: int, sprites: Any = None) -> float:
-                record = Embedding(tag="interp.embedding/fc", step=step, points=points, labels=labels, sprites=sprites)
-                return seconds(lambda: projector.write(mine, [record]))
-
-            def other(step: int, images: Any = None) -> float:
-                return seconds(lambda: writer.add_embedding(**tensors, label_img=images, global_step=step))
-
-            plain = [(ours(step), other(step)) for step in range(options.rounds)]
-            files = [seconds(lambda: points.tofile(f"{scratch}/plain")) for _ in range(options.rounds)]
-            requests = seconds(lambda: first_request(mine)), seconds(lambda: first_request(theirs))
-            sizes = megabytes(mine), megabytes(theirs)
-            first, following = (ours(options.rounds + i, grey) for i in range(2))
-            pictured = other(options.rounds, pictures)
+        logs = Logs(Path(scratch), points)
+        plain = [(logs.ours(step), logs.torchs(step)) for step in range(options.rounds)]
+        files = [seconds(lambda: points.tofile(f"{scratch}/plain")) for _ in range(options.rounds)]
+        requests = seconds(lambda: first_request(logs.mine)), seconds(lambda: first_request(logs.theirs))
+        sizes = megabytes(logs.mine), megabytes(logs.theirs)
+        first, following = (logs.ours(options.rounds + i, grey) for i in range(2))
+        pictured = logs.torchs(options.rounds, pictures)
+        logs.close()
     table = Table(title=f"{options.points} x {options.dimensions} for the projector")
     for heading in ("what", "ours", "torch", "ratio"):
         table.add_column(heading, justify="left" if heading == "what" else "right")

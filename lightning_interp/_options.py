@@ -41,6 +41,12 @@ def check_number(argument: str, value: Any, *, low: float, high: float) -> None:
         raise expected(argument, f"a number in [{low:g}, {high:g}]", value)
 
 
+def check_share(argument: str, value: Any) -> None:
+    """Refuses everything but None and a number in (0, 1]."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1):
+        raise expected(argument, "a share above 0 and at most 1, or None", value)
+
+
 def check_numbers(argument: str, value: Any, *, positive: bool = False) -> list[float] | None:
     """The numbers as a list; refuses all but None and a non-empty sequence of finite numbers, above 0 if `positive`."""
     if value is None:

@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from lightning_interp.render.markdown import one_line
 from lightning_interp.rules.alert import Alert
 
 STYLES = {"info": "cyan", "warning": "yellow", "critical": "bold red"}
@@ -44,11 +45,11 @@ def describe(alert: Alert) -> Text:
     place = f"layer {alert.layer}" if alert.layer else "whole run"
     lines = [
         Text(alert.rule, style=STYLES[alert.severity] if raised else "dim"),
-        Text(f"{alert.severity if raised else 'cleared'}, {place}, step {alert.step}"),
+        Text(one_line(f"{alert.severity if raised else 'cleared'}, {place}, step {alert.step}")),
     ]
     if alert.message:
-        lines.append(Text(alert.message))
+        lines.append(Text(one_line(alert.message)))
     evidence = ", ".join(f"{name} {value:.4g}" for name, value in alert.evidence.items())
     named = {"evidence": evidence, "cause": alert.cause, "advice": alert.advice}
-    lines += [Text.assemble((f"{name}: ", "dim"), text) for name, text in named.items() if text]
+    lines += [Text.assemble((f"{name}: ", "dim"), one_line(text)) for name, text in named.items() if text]
     return Text("\n").join(lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 
-from lightning_interp.render.markdown import escape
+from lightning_interp.render.markdown import escape, one_line
 from lightning_interp.rules.alert import Alert
 
 LISTED = 8  # layers named in one line
@@ -28,9 +28,9 @@ def log_lines(alerts: Iterable[Alert]) -> list[tuple[int, str]]:
     for group in groups.values():
         level = logging.WARNING if group[0].severity != "info" and group[0].status == "raised" else logging.INFO
         if len(group) > TOGETHER:
-            lines.append((level, _shared_line(group)))
+            lines.append((level, one_line(_shared_line(group))))
         else:
-            lines += [(level, _line(alert)) for alert in group]
+            lines += [(level, one_line(_line(alert))) for alert in group]
     return lines
 
 
@@ -43,7 +43,7 @@ def _line(alert: Alert) -> str:
         parts.append(f"Likely cause: {alert.cause}.")
     if alert.advice:
         parts.append(alert.advice)
-    return " ".join(" ".join(parts).split())
+    return " ".join(parts)
 
 
 def _shared_line(group: Sequence[Alert]) -> str:

@@ -148,7 +148,12 @@ def firing(ranking: PatchRanking, unit: Unit) -> PatchRanking:
 
 
 def turnover_of(before: list[list[int]], now: list[list[int]]) -> float | None:
-    """Mean over filters of the share of images that were not among the strongest before; None where nothing fires."""
+    """Mean over filters of the share of images that were not among the strongest before; None where nothing fires.
+
+    None too where the filters are not as many as before: the user has put another layer in its place.
+    """
+    if len(before) != len(now):
+        return None
     shares = [len(set(new) - set(old)) / len(new) for old, new in zip(before, now, strict=True) if new]
     return sum(shares) / len(shares) if shares else None
 

@@ -25,7 +25,7 @@ def _forwarding(hook: Callable[..., Any]) -> Callable[..., Any]:
         try:
             if name in _OWN_FIRST:
                 hook(self, *args, **kwargs)
-            _call_each(self.children, name, *args, **kwargs)
+            self.pass_on(name, *args, **kwargs)
             if name not in _OWN_FIRST:
                 hook(self, *args, **kwargs)
         finally:
@@ -70,6 +70,15 @@ class Family(InterpCallback):
         super().__init_subclass__(**kwargs)
         for name in _HOOKS & vars(cls).keys():
             setattr(cls, name, _forwarding(vars(cls)[name]))
+
+    @property
+    def cost(self) -> float:
+        """Seconds that it and its children have taken since the fit began."""
+        return super().cost + sum(child.cost for child in self.children)
+
+    def pass_on(self, hook: str, *args: Any, **kwargs: Any) -> None:
+        """Calls a hook of the children. Outside the guard of the family: on all ranks, whatever has failed."""
+        _call_each(self.children, hook, *args, **kwargs)
 
     def state_dict(self) -> dict[str, Any]:
         """The states of the children that have one, by `state_key`; a child that fails rests and is left out."""

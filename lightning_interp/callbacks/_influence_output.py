@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+from torch import Tensor
 
 from lightning_interp.callbacks._embedded import Embedded
-from lightning_interp.callbacks._influence_pictures import Side, influenced, perturbed, pictures, rows_shown
+from lightning_interp.callbacks._influence_pictures import Side, influenced, is_picture, perturbed, pictures, rows_shown
 from lightning_interp.callbacks._influential import Influential
 from lightning_interp.callbacks._lightning import LightningModule, Trainer
 from lightning_interp.callbacks._periodic import PeriodicCallback
 from lightning_interp.callbacks._points import Points
 from lightning_interp.callbacks._suspect_files import write_suspects
+from lightning_interp.callbacks.batches import UnreadableError
 from lightning_interp.callbacks.session import Session
 from lightning_interp.functional.embeddings import EmbeddingPlace
 from lightning_interp.functional.mislabeled import Suspects
@@ -52,8 +56,9 @@ class InfluenceOutput:
         if not rows:
             return
         images = points.images_at(self.trainer, self.model, [row.index for row in rows[:MAX_SHOWN]])
-        sheet = suspects_sheet(pictures(images, callback.mean, callback.std), rows[:MAX_SHOWN])
-        callback.show(self.trainer, "suspect_labels", "images", sheet, step=self.step)
+        if self._drawable(images):
+            sheet = suspects_sheet(pictures(images, callback.mean, callback.std), rows[:MAX_SHOWN])
+            callback.show(self.trainer, "suspect_labels", "images", sheet, step=self.step)
         self._tell("suspect_labels", suspects_table(rows))
         directory = Session.of(self.trainer).directory
         if directory is not None:
@@ -78,8 +83,10 @@ class InfluenceOutput:
         if not math.isnan(found.agreement):
             callback.log_number(trainer, "influence_agreement", found.agreement, step=step)
         shown = influenced(found.tests, train, test, callback.class_name)
-        callback.show(trainer, "influence", "images", influence_sheet(shown, top_k), step=step)
         self._tell("influence", "\n\n".join(filter(None, (influence_table(shown), found.limit))))
+        if not self._drawable([*train.images.values(), *test.images.values()]):
+            return
+        callback.show(trainer, "influence", "images", influence_sheet(shown, top_k), step=step)
         pairs = perturbed(self.model, place, found, train, test, callback.class_name)
         if pairs:
             sheet = perturbation_sheet(pairs, mean=callback.mean, std=callback.std)
@@ -103,6 +110,14 @@ class InfluenceOutput:
                 f"{'some of the classes and ' if found.dropped else ''}some axes of the embedding, as the table "
                 "`interp.influence/table` says in numbers. What it shows is rougher for that."
             )
+
+    def _drawable(self, images: Sequence[Tensor]) -> bool:
+        """Whether all of them are images (C, H, W); if not, says so, once for all callbacks that meet the same."""
+        other = next((image for image in images if not is_picture(image)), None)
+        if other is not None:
+            message = f"has no pictures to show: expected images (C, H, W), but got {tuple(other.shape)}."
+            self.callback.say_for_all(self.trainer, UnreadableError, f"{message} Numbers and tables go on.")
+        return other is None
 
     def _tell(self, quantity: str, table: str) -> None:
         text = Text(tag=self.callback.group_tag(quantity, "table"), step=self.step, markdown=table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +17,9 @@ from lightning_interp.functional.influence_perturbation import perturbation_dire
 from lightning_interp.render.color import Pixels, denormalise
 from lightning_interp.render.influence import Influenced, LeftOut
 from lightning_interp.render.perturbation import MAX_PAIRS, Perturbed
+
+_IMAGE_AXES = 3
+_DARK: Pixels = np.zeros((1, 1, 3), dtype=np.uint8)
 
 
 class Side(NamedTuple):
@@ -39,12 +43,19 @@ class Side(NamedTuple):
 
 
 def pictures(images: Sequence[Tensor], mean: Sequence[float] | None, std: Sequence[float] | None) -> list[Pixels]:
-    """Images (C, H, W) as they are seen, all stretched alike where they are of one size."""
+    """Images (C, H, W) as they are seen, all stretched alike where they are of one size; what is none is left dark."""
+    if not all(map(is_picture, images)):
+        return [_DARK for _ in images]
     if not images:
         return []
     if len({image.shape for image in images}) == 1:
         return list(denormalise(torch.stack(list(images)).float().numpy(), mean, std))
     return [denormalise(image[None].float().numpy(), mean, std)[0] for image in images]
+
+
+def is_picture(image: Tensor) -> bool:
+    """Whether it can be drawn, other than a signal (C, L) or a volume (C, D, H, W)."""
+    return image.ndim == _IMAGE_AXES
 
 
 def influenced(tests: Sequence[Hanging], train: Side, test: Side, name: Callable[[int], str]) -> list[Influenced]:

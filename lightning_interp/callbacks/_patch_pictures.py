@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_interp.callbacks.batches import UnreadableError
 from lightning_interp.callbacks.guard import undisturbed
 from lightning_interp.callbacks.scores import ScoreModel
 from lightning_interp.functional.class_images import ascend
@@ -59,6 +60,7 @@ class LayerPictures:
             steps: For the images made for filters; 0 makes none.
         """
         self.fields: dict[str, ReceptiveField | None] = {}
+        self._architecture = ""
         self._k, self._mean, self._std, self._steps = k, mean, std, steps
 
     def draw(self, model: nn.Module, shown: Shown, say: Say) -> list[Excitement]:
@@ -69,7 +71,7 @@ class LayerPictures:
         numbers = list(shown.images)
         images = torch.stack([shown.images[number] for number in numbers])
         if images.ndim != _IMAGE_AXES:
-            raise ValueError(f"Expected images (C, H, W), but got {tuple(images.shape[1:])}.")
+            raise UnreadableError(f"Expected images (N, C, H, W), but got a tensor of shape {tuple(images.shape)}.")
         pictures = dict(zip(numbers, denormalise(images.float().cpu().numpy(), self._mean, self._std), strict=True))
         field = self._field(model, shown, tuple(images.shape[1:]), say)
         projections = self._project(model, shown, say)
@@ -89,7 +91,10 @@ class LayerPictures:
         return blocks
 
     def _field(self, model: nn.Module, shown: Shown, shape: tuple[int, ...], say: Say) -> ReceptiveField | None:
-        """Depends on the architecture only: found once."""
+        """Depends on the architecture only: found once, and again where the user has changed that."""
+        if self._architecture != (now := repr(model)):
+            self._architecture = now
+            self.fields.clear()
         if shown.layer not in self.fields:
             try:
                 self.fields[shown.layer] = receptive_field(model, shown.layer, shape)

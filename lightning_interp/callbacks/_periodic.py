@@ -8,16 +8,14 @@ from typing import Any, ClassVar
 
 from lightning_interp._options import check_numbers, check_strings
 from lightning_interp.callbacks._lightning import LightningModule, Trainer
+from lightning_interp.callbacks._ranks import refuse_sharded
 from lightning_interp.callbacks.base import InterpCallback, OnError
 from lightning_interp.callbacks.guard import undisturbed
-from lightning_interp.errors import ArgumentError
 from lightning_interp.records import Image, Scalar
 from lightning_interp.render.color import Pixels
 from lightning_interp.render.strip import FilmStrip
 
 FRAMES = 15  # and the images themselves: sixteen fill a card four by four
-# Strategies whose modules hold only a part of each weight.
-SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLAFSDP")
 
 
 class PeriodicCallback(InterpCallback):
@@ -31,6 +29,8 @@ class PeriodicCallback(InterpCallback):
     """
 
     frames: ClassVar[int] = FRAMES
+    can_be_spared: ClassVar[bool] = True
+    works_alone: ClassVar[bool] = True
 
     def __init__(  # noqa: PLR0913 - the common options, passed on by name
         self,
@@ -100,12 +100,7 @@ class PeriodicCallback(InterpCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._forget()
-            strategy = type(trainer.strategy).__name__
-            if strategy.startswith(SHARDED):
-                raise ArgumentError(
-                    f"{type(self).__name__} runs forwards of its own on one rank, which {strategy} does not allow. "
-                    'Remove it, or train with strategy="ddp".'
-                )
+            refuse_sharded(trainer, self, "runs forwards of its own")
 
     def due(self, hook: str, trainer: Trainer) -> int | None:
         """The step to measure at in this hook, or None; the same on all ranks, also on one that failed measuring."""
@@ -113,10 +108,9 @@ class PeriodicCallback(InterpCallback):
         if hook == "on_train_start":
             after = 0 if step == 0 else None
         elif hook == "on_train_batch_end":
-            whole = (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
-            after = step if (whole or trainer.is_last_batch) and self.step_due(trainer, step) else None
+            after = step if self.scheduled(hook, trainer) and not self.spared else None
         elif hook == "on_train_epoch_end":
-            after = max(step - 1, 0) if self.schedule.epoch_due(trainer.current_epoch) else None
+            after = max(step - 1, 0) if self.scheduled(hook, trainer) and not self.spared else None
         elif hook == "on_train_end":
             after = max(step - 1, 0)
         return after if after != self._shown or self._measuring == (hook, step) else None
@@ -144,6 +138,7 @@ class PeriodicCallback(InterpCallback):
         if step is None:
             return
         self._shown, self._measuring = step, (hook, self.step_of(trainer))
+        self.wait_for_training(trainer)
         with undisturbed(pl_module, training=False, gradients=True):
             self.measure(trainer, pl_module, step)
         self._measuring = None

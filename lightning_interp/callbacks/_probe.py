@@ -9,12 +9,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from lightning_interp.callbacks._tape import Slot, Tape
 from lightning_interp.callbacks.guard import undisturbed
-from lightning_interp.functional.hooks import ATTENTION, QuietHook, in_backward
+from lightning_interp.functional.hooks import (
+    ATTENTION,
+    QuietHook,
+    anything_compiled,
+    enter_mode,
+    function_stack,
+    in_backward,
+    is_compiled,
+)
 from lightning_interp.functional.updates import predicted_fall, to_host
 
 
@@ -38,6 +47,9 @@ class SameBatchProbe:
         self._tape = Tape(next((p.device for p in parameters), torch.device("cpu")))
         self._modes = {module: module.training for module in _recorded(model)}
         self._own: list[bool] = []
+        self._called: set[nn.Module] = set()
+        self._listening = False
+        self._above: list[TorchFunctionMode] = []  # modes that were on before
         self._handles: list[RemovableHandle] = []
         self._taps: list[RemovableHandle] = []
         self._gradients: dict[int, Tensor] = {}
@@ -49,15 +61,20 @@ class SameBatchProbe:
     # ------------------------------------------------------------------ on and off
 
     def attach(self) -> None:
-        """Puts the hooks and the mode on; they change no result."""
+        """Puts the hooks on, and with the first call of a module with weights the mode; they change no result.
+
+        Not before: a compiled function that would find the mode on is compiled anew for it.
+        """
+        self._above = function_stack()
         for module in self._model.modules():
             if isinstance(module, ATTENTION):
                 self._handles.append(module.register_forward_pre_hook(QuietHook(self._before_attention)))
+            if module._parameters and module not in self._modes and not isinstance(module, torch.jit.ScriptModule):
+                self._handles.append(module.register_forward_pre_hook(QuietHook(self._listen_from)))
         for module in self._modes:
             before, after = QuietHook(self._before_call), QuietHook(self._after_call)
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
-        self._tape.__enter__()  # type: ignore[no-untyped-call]
 
     def stop_recording(self) -> None:
         """Takes the hooks and the mode off. May be called at any time, more than once."""
@@ -77,6 +94,13 @@ class SameBatchProbe:
         if not module.training:
             self.stop_recording()
 
+    def _listen_from(self, module: nn.Module, args: Any = None) -> None:
+        """A module with weights is called: from here on the tape listens."""
+        self._called.add(module)
+        if not self._listening and self._handles:
+            self._listening = True
+            enter_mode(self._tape, self._above)
+
     def _before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         if kwargs is None:  # taken off a moment ago, by a hook of this very call
             return
@@ -85,6 +109,8 @@ class SameBatchProbe:
         self._own.append(own)
         if not own:
             return
+        if module._parameters:
+            self._listen_from(module)
         if self._want_images and self.images is None and module.training and not in_backward():
             self.images = self._tape.guarded(lambda: image_statistics((args, kwargs)))
         self._tape.begin(module, args, kwargs, record=module.training is self._modes.get(module))
@@ -92,6 +118,7 @@ class SameBatchProbe:
     def _after_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._own and self._own.pop():
             self._tape.finish(output)
+            self._listen_from(module)
 
     # ------------------------------------------------------------------ the backward
 
@@ -175,7 +202,7 @@ class SameBatchProbe:
         """
         self.detach()
         found = self._select(returned)
-        if found is None or self._loss is None:
+        if found is None or self._loss is None or self.unheard:
             return {}
         slot, value = found
         with undisturbed(self._model, training=None), forward_context:
@@ -185,6 +212,17 @@ class SameBatchProbe:
         keys = [key for key in self._gradients if key in updates]
         fall = predicted_fall([self._gradients[key] for key in keys], [updates[key] for key in keys])
         return {"value": value, "again": again, "backward": self._loss, "fall": fall}
+
+    @property
+    def unheard(self) -> bool:
+        """Whether a compiled function seems to call modules: they have gradients, and were not called.
+
+        It may draw other random numbers than an eager forward.
+        """
+        if not anything_compiled():
+            return False
+        silent = [module for module in self._model.modules() if module not in self._called]
+        return any(id(parameter) in self._gradients for module in silent for parameter in module._parameters.values())
 
     def _select(self, returned: Tensor) -> tuple[Slot, Tensor] | None:
         """The tensor that went into backward, else the number on the tape that is nearest to the returned loss."""
@@ -206,18 +244,13 @@ def can_probe(model: nn.Module, world_size: int) -> bool:
     for module in model.modules():
         frozen_attention = isinstance(module, ATTENTION) and not module.training
         synchronised = isinstance(module, nn.SyncBatchNorm) and world_size > 1
-        if frozen_attention or synchronised or _is_compiled(module):
+        if frozen_attention or synchronised or is_compiled(module) or _holds_compiled(module):
             return False
     return True
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
-        return True
-    if getattr(module, "_compiler_ctx", None) is not None:
-        return True
-    own = [*vars(module).values(), getattr(type(module), "forward", None), getattr(type(module), "training_step", None)]
-    return any(hasattr(value, "_torchdynamo_orig_callable") for value in own if callable(value))
+def _holds_compiled(module: nn.Module) -> bool:
+    return any(hasattr(value, "_torchdynamo_orig_callable") for value in vars(module).values() if callable(value))
 
 
 def image_statistics(value: Any) -> tuple[Tensor, Tensor] | None:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from lightning_interp.callbacks._backlog import Backlog
 from lightning_interp.callbacks._lightning import axis_step
 from lightning_interp.callbacks._probe import SameBatchProbe, can_probe, image_statistics
+from lightning_interp.callbacks._ranks import is_sharded
 from lightning_interp.callbacks._updates import UpdateProbe, largest_rate
 
 # Batches that a due step waits for the optimizers that have not stepped (several optimizers that take turns).
 _PATIENCE = 8
-_SHARDED = ("FSDP", "DeepSpeed", "ModelParallel")
 
 
 class Prober:
@@ -40,6 +40,7 @@ class Prober:
         self._updates: UpdateProbe | None = None
         self._same_batch: SameBatchProbe | None = None
         self._rate: float | Tensor = float("nan")
+        self._hidden = False  # in a compiled function, which each new hook would have compiled anew
 
     def start(self, trainer: Any, model: nn.Module, *, due: bool) -> None:
         """A batch begins; arms the probes if one is due and the batch ends in an optimizer step."""
@@ -51,7 +52,7 @@ class Prober:
             return
         self._patience -= 1
         self._updates = UpdateProbe(model, trainer.optimizers)
-        if not self.problem and can_probe(model, trainer.world_size):
+        if not self.problem and not self._hidden and can_probe(model, trainer.world_size):
             self._same_batch = SameBatchProbe(model, self._updates.parameters, want_images=not self.images_seen)
             self._same_batch.attach()
 
@@ -121,6 +122,7 @@ class Prober:
         try:
             if probe.error is not None:
                 raise probe.error
+            self._hidden = probe.unheard
             return probe.measure(returned, moved, trainer.precision_plugin.forward_context())
         except Exception as error:
             if self._strict:
@@ -136,11 +138,6 @@ class Prober:
         probe, self._same_batch, self._updates = self._same_batch, None, None
         if probe is not None:
             probe.detach()
-
-
-def is_sharded(trainer: Any) -> bool:
-    """Whether each process holds only a part of each weight: then norms and copies of it mean nothing."""
-    return any(word in type(trainer.strategy).__name__ for word in _SHARDED)
 
 
 def accumulates(trainer: Any) -> bool:

@@ -14,7 +14,7 @@ from lightning_interp.callbacks._sample_order import SampleOrder
 from lightning_interp.callbacks._sample_sums import MOST_CLASSES, Merged, SampleScores, Since
 from lightning_interp.callbacks.batches import UnreadableError, read_batch
 from lightning_interp.callbacks.guard import generators_kept
-from lightning_interp.functional.hooks import QuietHook, in_backward
+from lightning_interp.functional.hooks import QuietHook, anything_compiled, in_backward, is_compiled
 
 MOST_SAMPLES = 20_000_000
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -42,6 +42,7 @@ class SampleLosses:
         self.size = 0
         self._reason: str | None = None
         self._silent = False  # a step did not call the head
+        self._name = ""  # of the head
         self._head: nn.Module | None = None
         self._handle: RemovableHandle | None = None
         self._hook: QuietHook | None = None
@@ -63,7 +64,10 @@ class SampleLosses:
         """Why (some) batches were left out and what to do, in one sentence; None if all that called the head count."""
         heard = self._since is not None or bool(self._merged.counts.any())
         if self._reason is None and self._silent and not heard:
-            return "no training step called the head as a module; call it, not its weights, in `training_step`"
+            return (
+                "no training step called the head as a module; call it, not its weights, in `training_step`, and not "
+                "in a compiled function"
+            )
         return self._reason
 
     # ------------------------------------------------------------------ the fit
@@ -92,7 +96,7 @@ class SampleLosses:
         elif _compiled(model, head):
             self._say(f"the head {head!r} is compiled, where no hook is called; leave the last layer out of it")
         else:
-            self._head = model.get_submodule(head)
+            self._name, self._head = head, model.get_submodule(head)
             self._hook = QuietHook(self._keep)  # one for the fit: each new one would make compiled functions anew
 
     def close(self) -> None:
@@ -110,6 +114,9 @@ class SampleLosses:
         self._batches += 1
         if self._head is None or self._hook is None:
             return
+        if not self._found_again(model):
+            self._say(f"the head {self._name!r} is gone")
+            return
         labels = self._given(model, batch)
         self._indices = None if labels is None else order.indices(len(labels))
         if labels is None or self._indices is None:
@@ -118,6 +125,14 @@ class SampleLosses:
         self._labels = labels.detach().clone()  # the step may write into its batch
         self._mode = self._head.training
         self._handle = self._head.register_forward_hook(self._hook)
+
+    def _found_again(self, model: nn.Module) -> bool:
+        """Whether the head is still there; the user may have replaced it."""
+        try:
+            self._head = model.get_submodule(self._name)
+        except AttributeError:
+            return False
+        return True
 
     def stop_listening(self) -> None:
         """Takes the hook off. To be called in `on_before_backward`: what comes later is a repetition."""
@@ -170,6 +185,8 @@ class SampleLosses:
         """Whether there is one table of scores for these labels; says why not."""
         if not scores:
             self._silent = True  # it may have been skipped
+            if anything_compiled() and self._since is None and not self._merged.counts.any():
+                self._head = None  # a compiled function calls it: each new hook would have it compiled anew
         elif len(scores) > 1:
             self._say("a training step called the head more than once; which scores belong to the labels is not known")
         elif scores[0] is None or scores[0].ndim != 2 or scores[0].shape[1] < 2 or len(scores[0]) != len(labels):
@@ -232,7 +249,4 @@ def _compiled(model: nn.Module, head: str) -> bool:
     """Whether the head, or a module around it, is compiled."""
     names = head.split(".") if head else []
     around = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
-    compiled = getattr(model, "_compiler_ctx", None) is not None
-    return compiled or any(
-        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod") for module in around
-    )
+    return any(is_compiled(module) for module in around)

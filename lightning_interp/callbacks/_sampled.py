@@ -127,6 +127,7 @@ class SampledCallback(PeriodicCallback):
         if self._fixed is None or step is None:
             return
         self._shown = step
+        self.wait_for_training(trainer)
         try:
             with undisturbed(pl_module, training=False, gradients=True):
                 self._copy_samples(self._fixed)

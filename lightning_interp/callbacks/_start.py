@@ -78,7 +78,7 @@ class StartWeights:
             What is wrong, None when all layers have their start.
         """
         problem = self._read(directory) if self.path is not None else None
-        fits = {layer for layer, weight in weights.items() if self._shape(layer) == weight.shape}
+        fits = {layer for layer, weight in weights.items() if self.fits(layer, weight)}
         if len(fits) == len(weights):
             return problem
         self.take({layer: self.weights[layer] if layer in fits else weight for layer, weight in weights.items()})
@@ -100,8 +100,9 @@ class StartWeights:
     def _small(self) -> bool:
         return sum(weight.numel() for weight in self.weights.values()) <= IN_CHECKPOINT
 
-    def _shape(self, layer: str) -> torch.Size | None:
-        return self.weights[layer].shape if layer in self.weights else None
+    def fits(self, layer: str, weight: Tensor) -> bool:
+        """Whether there is a start for this layer, of the shape that its weight has now."""
+        return layer in self.weights and self.weights[layer].shape == weight.shape
 
     def _read(self, directory: str | None) -> str | None:
         """Reads and verifies the file; what is wrong, or None."""

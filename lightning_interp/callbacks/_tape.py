@@ -115,6 +115,8 @@ class Tape(LossCapture):
     ) -> Any:
         """Runs the function as it is, and records it if it only passes recorded tensors on."""
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)
         entry = None
         if not self._open and self._made and (func in LOSSES or base_name(func) in _FUNCTIONS) and not in_backward():
             entry = self.guarded(lambda: self._record(func, args, dict(kwargs)))

@@ -16,6 +16,7 @@ from lightning_interp.callbacks import _ranks
 from lightning_interp.callbacks._lightning import LightningModule, Trainer
 from lightning_interp.callbacks.base import InterpCallback, OnError
 from lightning_interp.callbacks.batches import NoScoresError, UnreadableError
+from lightning_interp.callbacks.fallback import hidden_layers, named
 from lightning_interp.callbacks.guard import undisturbed
 from lightning_interp.callbacks.observer import Observer
 from lightning_interp.callbacks.samples import fixed_samples
@@ -49,6 +50,7 @@ class ActivationSparsity(InterpCallback):
 
     provides: ClassVar[tuple[str, ...]] = ("sparsity", "sparsity_channels", "sparsity_mean", "activation_maps", "cost")
     measures: ClassVar[tuple[str, ...]] = ("sparsity",)
+    can_be_spared: ClassVar[bool] = True  # the maps; the numbers go on
 
     def __init__(  # noqa: PLR0913 - options, by keyword
         self,
@@ -98,10 +100,11 @@ class ActivationSparsity(InterpCallback):
         self._reset()
 
     def _reset(self) -> None:
-        self._fractions: dict[str, list[Tensor]] = {}
+        self._fractions: dict[str, tuple[Tensor, int]] = {}  # sum over the batches, and their number
         self._images: Tensor | None = None
         self._sparsity = float("nan")
         self._observer: Observer | None = None
+        self._reports = 0
 
     # ------------------------------------------------------------------ life
 
@@ -117,7 +120,11 @@ class ActivationSparsity(InterpCallback):
         self._publish(trainer)
         if Session.of(trainer).observer.compiled:
             self.say_once("The model is compiled, so ActivationSparsity can't watch its batches; maps are still shown.")
-        if self.maps and not self.quiet and trainer.is_global_zero:
+        maps = self.maps and not self.quiet
+        if maps and _ranks.is_sharded(trainer):
+            maps = False
+            self.say_once("The weights are split over processes: ActivationSparsity shows numbers there, and no maps.")
+        if maps and trainer.is_global_zero:
             try:
                 self._images, _ = fixed_samples(trainer, pl_module, self.num_samples)
             except UnreadableError as error:
@@ -130,7 +137,7 @@ class ActivationSparsity(InterpCallback):
         session = Session.of(trainer)
         if self._sampled(trainer, batch_idx) and not session.observer.compiled:
             self._observer = session.observer
-            self._observer.open(self._read)
+            self._observer.open(self._read, count=self.count_seconds)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """The forward is over: what listens to torch functions need not hear backward and optimizer."""
@@ -150,8 +157,10 @@ class ActivationSparsity(InterpCallback):
         due = self.step_due(trainer, step)
         if step == 0 or due:
             self._report(trainer, step=step)
-        if due:
+        if due and not self.spared:
             self._show_maps(trainer, pl_module, step=step)
+        if step == 0 or due:
+            self.log_cost(trainer, step=step)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the metric present for EarlyStopping."""
@@ -162,7 +171,8 @@ class ActivationSparsity(InterpCallback):
         step = self.step_of(trainer) - 1
         if self.schedule.epoch_due(trainer.current_epoch):
             self._report(trainer, step=step)
-            self._show_maps(trainer, pl_module, step=step)
+            if not self.spared:
+                self._show_maps(trainer, pl_module, step=step)
         self.log_cost(trainer, step=step)
 
     def meets(self, hook: str, trainer: Trainer) -> bool:
@@ -193,20 +203,28 @@ class ActivationSparsity(InterpCallback):
     def _read(self, end: End) -> None:
         if end.activation is not None and self._wanted(end.unit):
             channels = end.layout.channels_first(end.tensor)
-            self._fractions.setdefault(end.unit, []).append(zero_fraction(channels))
+            fraction = zero_fraction(channels)
+            total, count = self._fractions.get(end.unit, (fraction, 0))
+            if count and total.shape == fraction.shape:  # else new, or replaced by the user since the last report
+                # What a checkpoint brought back lies on the CPU.
+                self._fractions[end.unit] = (total.to(fraction.device) + fraction, count + 1)
+            else:
+                self._fractions[end.unit] = (fraction, 1)
 
     def _report(self, trainer: Trainer, *, step: int) -> None:
         """Reduces over ranks and logs. Every rank gets here at the same steps."""
         fractions, self._fractions = self._fractions, {}
-        # One transfer for all layers. What a checkpoint brought back lies on the CPU.
+        self.wait_for_training(trainer)
         means = {}
 
         def evidence() -> Tensor:
-            for name, batches in fractions.items():
-                means[name] = torch.stack([batch.to(batches[-1].device) for batch in batches]).mean(dim=0)
+            for name, (total, count) in fractions.items():
+                means[name] = total / count
+            # One transfer for all layers.
             return torch.cat(list(means.values())).double() if means else torch.empty(0)
 
         flat = _ranks.total(trainer, self.meet(trainer, evidence)) / trainer.world_size
+        self._look_for_hidden(trainer)
         if not means:
             return
         parts = torch.split(flat, [len(mean) for mean in means.values()])
@@ -231,6 +249,19 @@ class ActivationSparsity(InterpCallback):
             ],
         )
 
+    def _look_for_hidden(self, trainer: Trainer) -> None:
+        """Once, or until something comes by: says which layers never do, though the model calls them."""
+        observer = Session.of(trainer).observer
+        self._reports += 1
+        if self._reports > 2 or observer.compiled or (self._reports == 1 and observer.reached):
+            return
+        if hidden := hidden_layers(trainer, trainer.lightning_module):
+            self._reports = 2
+            self.say_once(
+                f"ActivationSparsity never saw {named(hidden)}, which a compiled function seems to call: its numbers "
+                "are without them; maps are still shown."
+            )
+
     def _publish(self, trainer: Trainer) -> None:
         if not self.quiet:
             self.publish(trainer, {self.tag("sparsity_mean"): self._sparsity})
@@ -239,12 +270,15 @@ class ActivationSparsity(InterpCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """What was sampled since the last report."""
-        fractions = {name: [batch.cpu() for batch in batches] for name, batches in self._fractions.items()}
-        return {"version": 1, "fractions": fractions, "sparsity": self._sparsity}
+        fractions = {name: [total.cpu(), count] for name, (total, count) in self._fractions.items()}
+        return {"fractions": fractions, "sparsity": self._sparsity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        self._fractions = {name: list(batches) for name, batches in state_dict["fractions"].items()}
+        fractions = state_dict["fractions"]
+        if state_dict.get("schema", 1) < 2:  # the batches themselves
+            fractions = {name: (torch.stack(batches).sum(0), len(batches)) for name, batches in fractions.items()}
+        self._fractions = {name: (total, count) for name, (total, count) in fractions.items()}
         self._sparsity = state_dict["sparsity"]
 
     # ------------------------------------------------------------------ pictures
@@ -253,6 +287,7 @@ class ActivationSparsity(InterpCallback):
         """The activation maps of the fixed samples, one picture per layer and sample."""
         if self._images is None:
             return
+        self.wait_for_training(trainer)
         maps = _Maps()
         try:
             with undisturbed(pl_module, training=False), ActivationTracer(pl_module, maps.read) as tracer:

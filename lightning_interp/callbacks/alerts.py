@@ -14,6 +14,7 @@ from lightning_interp.callbacks._family import Family
 from lightning_interp.callbacks._lightning import LightningModule, Trainer, planned_steps
 from lightning_interp.callbacks._measuring import bring_missing, callbacks_of
 from lightning_interp.callbacks._notify import check_urls
+from lightning_interp.callbacks._ranks import is_sharded
 from lightning_interp.callbacks._run_state import adopt, ended_as_planned, fingerprint
 from lightning_interp.callbacks._validation import keep_validation
 from lightning_interp.callbacks.base import OnError
@@ -120,7 +121,8 @@ class Alerts(Family):
         self._numbers_seen = Session.of(trainer).history
         needs = {quantity for rule in self.rules for quantity in rule.needs}
         others = [callback for callback in callbacks_of(trainer) if callback is not self]
-        self.children = bring_missing(needs, others, on_error=self.on_error)
+        brought, sharded = bring_missing(needs, others, on_error=self.on_error), is_sharded(trainer)
+        self.children = [child for child in brought if not (sharded and child.works_alone)]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the restored history in place."""
@@ -161,7 +163,6 @@ class Alerts(Family):
         """Looks."""
         self.publish(trainer, self._numbers())
         self._look("on_train_epoch_end", trainer)
-        self.log_cost(trainer, step=self.step_of(trainer) - 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks a last time, knowing that the training is over."""
@@ -199,6 +200,7 @@ class Alerts(Family):
         try:
             if trainer.is_global_zero:
                 worst = self._check(trainer, step, last=hook == "on_train_end")
+                self.log_cost(trainer, step=step)
         finally:  # also after an error: the other ranks are waiting
             decision = self._agree(trainer, worst)
         self._act(trainer, decision, worst)
@@ -268,11 +270,6 @@ class Alerts(Family):
     def _counts(self) -> list[Record]:
         step = self._written_step
         return [Scalar(tag=tag, step=step, value=value, unit="alerts") for tag, value in self._numbers().items()]
-
-    def log_cost(self, trainer: Trainer, *, step: int) -> None:
-        """Logs the seconds of this callback and of those that it brought."""
-        seconds = self.seconds + sum(child.seconds for child in self.children)
-        self.write(trainer, [Scalar(tag=f"interp.cost/{self.state_key}", step=step, value=seconds, unit="s")])
 
     # ------------------------------------------------------------------ state
 

@@ -34,6 +34,9 @@ _CLEANING = frozenset({"teardown", "on_exception"})
 # Hooks that run whatever the Trainer does; the others only during `fit`.
 _ALWAYS = _CLEANING | {"setup"}
 _STATE = frozenset({"state_dict", "load_state_dict"})
+# Of what `state_dict` gives; to be counted up when an older version of this package could not read it. A state without
+# one was written before there was a count: schema 1.
+SCHEMA = 2
 _HOOKS = frozenset(
     (
         "setup",
@@ -79,7 +82,7 @@ def _guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
             return self.while_resting(name, trainer)
         self._depth += 1
         self._met = False
-        started = time.perf_counter()
+        self._since = self.clock()
         try:
             result = hook(self, trainer, *args, **kwargs)
             self.flush(trainer)
@@ -96,19 +99,29 @@ def _guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
                 self.while_resting(name, trainer)
         finally:
             self._depth -= 1
-            self.seconds += time.perf_counter() - started
+            self.seconds += self.clock() - self._since
 
     guarded.__guarded__ = True  # type: ignore[attr-defined]
     return guarded
 
 
 def _guarded_state(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps `state_dict` and `load_state_dict`: a checkpoint must be written and read whatever happens to us."""
+    """Wraps `state_dict` and `load_state_dict`: a checkpoint must be written and read whatever happens to us.
+
+    A state carries the number of its schema. One of a newer schema is not read: the callback begins anew, and says so.
+    """
 
     @functools.wraps(method)
     def guarded(self: InterpCallback, *args: Any) -> Any:
         try:
-            return method(self, *args)
+            if args and (schema := args[0].get("schema", 1)) > SCHEMA:
+                self.say_once(
+                    f"The checkpoint was written by a newer version of lightning-interp (schema {schema}; this version "
+                    f"reads up to {SCHEMA}): {type(self).__name__} begins anew. Update to go on where it ended."
+                )
+                return None
+            state = method(self, *args)
+            return {**state, "schema": SCHEMA} if state else state
         except Exception as error:
             self._rest(error, method.__name__)
             return {}
@@ -121,9 +134,13 @@ class InterpCallback(CallbackBase):
 
     Class attributes:
         provides: Quantities that the callback logs, each as `interp.<quantity>/...` or `interp/<quantity>...`.
+        can_be_spared: Whether what it shows may be left out now and then to save time, see `spared`.
+        works_alone: Whether rank zero does by itself what it does; where the weights are split over ranks, it can't.
     """
 
     provides: ClassVar[tuple[str, ...]] = ()
+    can_be_spared: ClassVar[bool] = False
+    works_alone: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -168,7 +185,9 @@ class InterpCallback(CallbackBase):
         self.on_error = on_error
         self.quiet = False  # measures for `Alerts` only: numbers go to the history, nothing to the loggers
         self.resting = False
+        self.spared = False  # by whoever holds it: what is due now is left out; the same on all ranks
         self.seconds = 0.0
+        self._since = 0.0  # when the running hook began
         self._depth = 0
         self._met = False  # whether the ranks have met within the current hook
         self._agreed_to_rest = False
@@ -202,6 +221,12 @@ class InterpCallback(CallbackBase):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Removes what is on the model: after an exception Lightning calls no `teardown`."""
         Session.end(trainer, closed=False)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Brings to the disk what the checkpoint takes for written: a resumed run does not write it again."""
+        session = Session.find(trainer)
+        if session is not None:
+            session.flush(trainer)
 
     def release(self) -> None:
         """Lets go of whatever is still attached. Called when the callback begins to rest; must not raise."""
@@ -238,8 +263,9 @@ class InterpCallback(CallbackBase):
     def while_resting(self, hook: str, trainer: Trainer) -> None:
         """Called instead of a hook while the callback rests: tells the ranks that would wait that it has failed."""
         if trainer.world_size > 1 and not self._agreed_to_rest and self.meets(hook, trainer):
-            _ranks.agree(trainer, ready=False, size=0)
             self._agreed_to_rest = True
+            with contextlib.suppress(RuntimeError):  # the others are gone: how the run ends is not for us to say
+                _ranks.agree(trainer, ready=False, size=0)
 
     # ------------------------------------------------------------------ errors
 
@@ -276,9 +302,44 @@ class InterpCallback(CallbackBase):
 
     # ------------------------------------------------------------------ time and schedule
 
+    @staticmethod
+    def clock() -> float:
+        """Seconds since some moment."""
+        return time.perf_counter()
+
+    @property
+    def cost(self) -> float:
+        """Seconds that this callback has taken since the fit began, in the running hook too."""
+        return self.seconds + (self.clock() - self._since if self._depth else 0.0)
+
+    def count_seconds(self, seconds: float) -> None:
+        """Adds what it took outside the hooks of Lightning: inside the forward."""
+        self.seconds += seconds
+
+    def wait_for_training(self, trainer: Trainer) -> None:
+        """Called before values are fetched from a GPU, which has to do what the training has queued first.
+
+        They would wait for that anyway; now the waiting is not counted as time of ours.
+        """
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            started = self.clock()
+            torch.cuda.current_stream(device).synchronize()
+            self._since += self.clock() - started
+
     def step_due(self, trainer: Trainer, step: int) -> bool:
         """Whether a step schedule (or an epoch schedule without epochs) makes this step due."""
         return self.schedule.step_due(step, endless=trainer.num_training_batches == float("inf"))
+
+    def scheduled(self, hook: str, trainer: Trainer) -> bool:
+        """Whether the schedule makes this hook due; the same on all ranks."""
+        if hook == "on_train_batch_end":
+            return not trainer.fit_loop._should_accumulate() and self.step_due(trainer, self.step_of(trainer))
+        return hook == "on_train_epoch_end" and self.schedule.epoch_due(trainer.current_epoch)
+
+    def shows_in(self, hook: str) -> bool:
+        """Whether it is in this hook, if due, that something is shown."""
+        return True
 
     def step_of(self, trainer: Trainer) -> int:
         """Step on the axis of `self.log`; 0 before training."""
@@ -372,10 +433,11 @@ class InterpCallback(CallbackBase):
             self.write(trainer, [Image(tag=session.layer_tag(quantity, layer, self.name), step=step, pixels=pixels)])
 
     def log_cost(self, trainer: Trainer, *, step: int) -> None:
-        """Logs the seconds that this callback has taken since the fit began."""
+        """Logs the seconds that this callback has taken since the fit began; the last that a hook does."""
+        self.flush(trainer)  # what it takes to write pictures counts too
         self.write(
             trainer,
-            [Scalar(tag=f"interp.cost{self._suffix}/{type(self).__name__}", step=step, value=self.seconds, unit="s")],
+            [Scalar(tag=f"interp.cost{self._suffix}/{type(self).__name__}", step=step, value=self.cost, unit="s")],
         )
 
     def publish(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_interp._options import check_choice, check_number, check_positive_int, select
 from lightning_interp.callbacks._lightning import LightningModule, Trainer
 from lightning_interp.callbacks.base import InterpCallback, OnError
-from lightning_interp.callbacks.fallback import EagerPass
+from lightning_interp.callbacks.fallback import EagerPass, hidden_layers, named
 from lightning_interp.callbacks.schedule import FALLBACK_STEPS
 from lightning_interp.callbacks.session import Session
 from lightning_interp.callbacks.window import Window
@@ -34,7 +34,8 @@ class DeadFilters(InterpCallback):
     too (Sokar et al. 2023).
 
     A compiled model can't be watched while it runs: there the fixed samples are passed through it eagerly at the end of
-    each window, and the counts are exact over these.
+    each window, and the counts are exact over these. So it is with layers that never come by, since a compiled function
+    calls them; that is found out at the end of the first window or, if others do come by, of the second.
 
     Logs:
         `interp.dead_filters/<NN>_<layer>`: count; `interp.dead_fraction/...`: share of the layer, in [0, 1].
@@ -97,6 +98,8 @@ class DeadFilters(InterpCallback):
         self._partial = False
         self._restored: dict[str, Any] | None = None
         self._eager: EagerPass | None = None
+        self._hidden: set[str] = set()
+        self._searched = False
 
     # ------------------------------------------------------------------ what a user reads
 
@@ -225,11 +228,15 @@ class DeadFilters(InterpCallback):
         return self._first_done and self.step_of(trainer) > self._started_at
 
     def _open(self, trainer: Trainer) -> None:
-        if self._eager is None:
-            self._window.open(Session.of(trainer).observer, self._chosen)
+        observer = Session.of(trainer).observer
+        if self._eager is None or (self._hidden and observer.reached):
+            self._window.open(observer, self._visible, self.count_seconds)
 
     def _stop_reading(self, trainer: Trainer) -> None:
         self._window.stop_reading()
+
+    def _visible(self, units: dict[str, Unit]) -> list[str]:
+        return [name for name in self._chosen(units) if not (self._hidden and units[name].layers <= self._hidden)]
 
     def _chosen(self, units: dict[str, Unit]) -> list[str]:
         names = [name for name, unit in units.items() if unit.counts]
@@ -240,14 +247,17 @@ class DeadFilters(InterpCallback):
         opening, self._first_done = not self._first_done, True
         first = opening and step == 0  # later if the callback joined a run that was resumed: nobody saw the birth
         partial, self._partial = self._partial, False
+        self.wait_for_training(trainer)
         observer = Session.of(trainer).observer
 
         def evidence() -> Tensor:
+            self._look_for_hidden(trainer, pl_module, opening=opening)
             if self._eager is not None:
                 self._eager.run(self._window, observer.units)
             return self._window.pack(self._chosen(observer.units), observer.units)
 
         packed = self.meet(trainer, evidence)
+        first = first and not self._hidden  # an eager pass after the step
         names = self._chosen(observer.units)
         dead, scores = self._window.unpack(packed, names, observer.units, trainer)
         # The first window is also the beginning of the first epoch's: what has fired in it need not fire again.
@@ -256,10 +266,26 @@ class DeadFilters(InterpCallback):
         if not goes_on:
             self._window = Window()
             # An eager pass at the start comes before the step, all others after it.
-            self._started_at = step if opening and self._eager is not None else step + 1
+            self._started_at = step if opening and self._eager is not None and not self._hidden else step + 1
         elif step:
             self._started_at = step
         self._log(trainer, dead, scores, step=step, first=first, partial=partial)
+        self.log_cost(trainer, step=step)
+
+    def _look_for_hidden(self, trainer: Trainer, pl_module: LightningModule, *, opening: bool) -> None:
+        """Once: layers that never came by, though the model calls them, are measured in an eager pass."""
+        # One batch may leave out a layer, but not all of them.
+        if self._searched or self._eager is not None or (opening and Session.of(trainer).observer.reached):
+            return
+        self._searched = not opening
+        hidden = hidden_layers(trainer, pl_module)
+        if not hidden:
+            return
+        self._eager, self._hidden = EagerPass(trainer, pl_module, hidden), hidden
+        self.say_once(
+            f"DeadFilters never saw {named(hidden)}, which a compiled function seems to call: it measures there in an "
+            f"eager pass over {self._eager.num_samples} fixed samples at the end of each window, exact over these."
+        )
 
     def meets(self, hook: str, trainer: Trainer) -> bool:
         """Where windows close."""
@@ -334,7 +360,6 @@ class DeadFilters(InterpCallback):
     def state_dict(self) -> dict[str, Any]:
         """Histories, and the evidence of the open window."""
         return {
-            "version": 1,
             "lifelines": self.lifelines.state_dict(),
             "first_done": self._first_done,
             "started_at": self._started_at,

@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_interp._options import check_positive_int, select
 from lightning_interp.callbacks._lightning import LightningModule, Trainer
+from lightning_interp.callbacks._ranks import refuse_sharded
 from lightning_interp.callbacks._start import StartWeights
 from lightning_interp.callbacks.base import InterpCallback, OnError
 from lightning_interp.callbacks.session import Session
@@ -56,6 +57,8 @@ class FilterGrid(InterpCallback):
 
     measures: ClassVar[tuple[str, ...]] = ("filter_smoothness", "filter_entropy", "filter_movement")
     provides: ClassVar[tuple[str, ...]] = ("filters", *measures, "cost")
+    can_be_spared: ClassVar[bool] = True  # the pictures; the numbers go on
+    works_alone: ClassVar[bool] = True
 
     def __init__(  # noqa: PLR0913 - options
         self,
@@ -95,6 +98,7 @@ class FilterGrid(InterpCallback):
         self._start = StartWeights()
         self._convolutions: dict[str, nn.Module] = {}
         self._shown: int | None = None
+        self._measured: int | None = None
 
     # ------------------------------------------------------------------ when
 
@@ -102,7 +106,8 @@ class FilterGrid(InterpCallback):
         """Forgets the last run and checks `layers`; a model that is built later is checked when training starts."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._shown = None
+            refuse_sharded(trainer, self, "reads whole weights")
+            self._shown = self._measured = None
             if self.step_of(trainer) == 0:  # else the same Trainer goes on where its last fit ended
                 self._start = StartWeights()
             select("layers", self.layers, [name for name, _ in pl_module.named_modules() if name])
@@ -136,14 +141,12 @@ class FilterGrid(InterpCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Shows the filters after a due step."""
-        step = self.step_of(trainer)
-        updated = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-        if updated and self.step_due(trainer, step):
-            self._show_once(trainer, step=step)
+        if self.scheduled("on_train_batch_end", trainer):
+            self._show_once(trainer, step=self.step_of(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shows the filters after a due epoch."""
-        if self.schedule.epoch_due(trainer.current_epoch):
+        if self.scheduled("on_train_epoch_end", trainer):
             self._show_once(trainer, step=max(self.step_of(trainer) - 1, 0))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -174,15 +177,19 @@ class FilterGrid(InterpCallback):
 
     def _show_once(self, trainer: Trainer, *, step: int) -> None:
         if self._shown != step:
-            self._shown = step
+            self._shown = None if self.spared else step  # the last state is shown in any case
             self._show(trainer, step=step)
 
     def _show(self, trainer: Trainer, *, step: int) -> None:
         """Logs numbers on all ranks (their rules read them) and pictures where they are written."""
         if not self._convolutions:
             return
-        self._log_numbers(trainer, step=step)
-        if trainer.is_global_zero and trainer.loggers and not self.quiet:
+        self.wait_for_training(trainer)
+        if self._measured != step or step == 0:
+            self._measured = step
+            self._look_again(trainer, step=step)
+            self._log_numbers(trainer, step=step)
+        if trainer.is_global_zero and trainer.loggers and not self.quiet and not self.spared:
             dead = Session.of(trainer).dead
             pictures = {
                 layer: partial(self._picture, layer, module, dead.get(layer, []))
@@ -190,6 +197,19 @@ class FilterGrid(InterpCallback):
             }
             self.log_pictures(trainer, "filters", pictures, step=step)
         self.log_cost(trainer, step=step)
+
+    def _look_again(self, trainer: Trainer, *, step: int) -> None:
+        """Takes the layers that the model has now: the user may have replaced some."""
+        available = _convolutions(trainer.lightning_module)
+        self._convolutions = {layer: module for layer, module in available.items() if self._chosen(layer)}
+        weights = {layer: _weight(module) for layer, module in self._convolutions.items()}
+        new = [layer for layer, weight in weights.items() if not self._start.fits(layer, weight)]
+        if new:
+            self._start.take({layer: w if layer in new else self._start.weights[layer] for layer, w in weights.items()})
+            self.say_once(
+                f"{', '.join(new[:4])}{', ...' if len(new) > 4 else ''} came later, or with another shape: there "
+                f"FilterGrid's `filter_movement` is relative to the weights at step {step}."
+            )
 
     def _log_numbers(self, trainer: Trainer, *, step: int) -> None:
         weights = {layer: _weight(module) for layer, module in self._convolutions.items()}
@@ -204,8 +224,9 @@ class FilterGrid(InterpCallback):
         for quantity, values in (("filter_smoothness_mean", smoothness), ("filter_entropy_mean", entropy)):
             if values:
                 self.log_number(trainer, quantity, math.fsum(values.values()) / len(values), step=step)
-        # numpy's maximum is NaN as soon as one value is: that layer is the one to look at.
-        self.log_number(trainer, "filter_movement_max", float(np.max(list(movement.values()))), step=step)
+        if movement:
+            # numpy's maximum is NaN as soon as one value is: that layer is the one to look at.
+            self.log_number(trainer, "filter_movement_max", float(np.max(list(movement.values()))), step=step)
 
     def _picture(self, layer: str, module: nn.Module, dead: list[int]) -> Pixels:
         start = _filters_first(self._start.weights[layer], module)

@@ -5,10 +5,12 @@ All callbacks of a fit share one observer: however many of them read a layer, it
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from torch import nn
 
+from lightning_interp.functional.hooks import anything_compiled, is_compiled
+from lightning_interp.functional.ops import OWNERS
 from lightning_interp.functional.tracing import ActivationTracer, End, Reader, Unit
 
 
@@ -21,29 +23,55 @@ class Observer:
     Attributes:
         model: The LightningModule.
         units: All units found so far, in the order in which the forward reaches them.
+        reached: Layers that the watched forwards have called.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.units: dict[str, Unit] = {}
+        self.reached: set[str] = set()
+        self._seeing: set[bool] = set()  # whether training, or validation, has been seen; or not, and never will be
+        self._blind: set[bool] = set()
+        self._training = True
         self._readers: dict[Reader, set[str] | None] = {}
+        self._counts: dict[Reader, Callable[[float], None] | None] = {}
         self._errors: dict[Reader, Exception] = {}
+        self._counted = 0.0
         self._tracer: ActivationTracer | None = None
 
     @property
     def compiled(self) -> bool:
         """Whether a part of the model is compiled: hooks put on it now would never be called, silently."""
-        compiled = getattr(self.model, "_compiler_ctx", None) is not None
-        return compiled or any(
-            getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
-            for module in self.model.modules()
-        )
+        return any(is_compiled(module) for module in self.model.modules())
 
-    def open(self, reader: Reader, units: Collection[str] | None = None) -> None:
+    def unreached(self) -> set[str]:
+        """Names of the layers with filters that no watched forward has called so far."""
+        owners = (name for name, module in self.model.named_modules() if isinstance(module, OWNERS))
+        return {name for name in owners if name not in self.reached}
+
+    def open(
+        self,
+        reader: Reader,
+        units: Collection[str] | None = None,
+        *,
+        count: Callable[[float], None] | None = None,
+    ) -> None:
         """Gives a reader the activations of these units (None: of all) until it is closed.
 
         All readers must open before the forward begins; one that opens during a forward waits for the next batch.
+        Where a compiled function hides all layers, nothing is opened any more: each new hook would have it compiled
+        anew, which its limit may not allow.
+
+        Args:
+            reader: Called with each activation.
+            units: Names of units.
+            count: Called with the seconds that this took on the host, which all open readers share evenly.
         """
+        if self.model.training in self._blind:
+            return
+        self._training = self.model.training
+        self._count()
+        self._counts[reader] = count
         self._readers[reader] = None if units is None else set(units)
         self._restart()
 
@@ -53,6 +81,8 @@ class Observer:
         Raises:
             Exception: What went wrong while reading, since it could not be raised inside the user's forward.
         """
+        self._count()
+        self._counts.pop(reader, None)
         own = self._errors.pop(reader, None)
         if self._readers.pop(reader, ...) is ...:
             if own is not None:
@@ -60,12 +90,14 @@ class Observer:
             return
         error = own or (self._tracer.error if self._tracer is not None else None)
         if not self._readers:
+            self._look_back()
             self._stop()
         if error is not None:
             raise error
 
     def discard(self, reader: Reader) -> None:
         """Takes a reader off, whatever went wrong while it read."""
+        self._counts.pop(reader, None)
         self._errors.pop(reader, None)
         self._readers.pop(reader, None)
         if not self._readers:
@@ -74,8 +106,25 @@ class Observer:
     def close(self) -> None:
         """Takes everything off the model. May be called at any time, more than once."""
         self._readers.clear()
+        self._counts.clear()
         self._errors.clear()
         self._stop()
+
+    def _count(self) -> None:
+        """Tells the readers what they have cost since the last time."""
+        if self._tracer is None or not self._readers:
+            return
+        seconds, self._counted = self._tracer.seconds - self._counted, self._tracer.seconds
+        for reader in self._readers:
+            if (count := self._counts.get(reader)) is not None:
+                count(seconds / len(self._readers))
+
+    def _look_back(self) -> None:
+        """The forward is over: has anything been seen?"""
+        if self._tracer is not None and self._tracer.reached:
+            self._seeing.add(self._training)
+        elif self._training not in self._seeing and anything_compiled():
+            self._blind.add(self._training)
 
     def _restart(self) -> None:
         self._stop()
@@ -92,8 +141,9 @@ class Observer:
 
     def _stop(self) -> None:
         if self._tracer is not None:
-            tracer, self._tracer = self._tracer, None
+            tracer, self._tracer, self._counted = self._tracer, None, 0.0
             tracer.__exit__(None, None, None)
+            self.reached |= tracer.reached
 
     def _dispatch(self, end: End) -> None:
         for reader, units in self._readers.items():

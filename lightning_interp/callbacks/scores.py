@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_interp.callbacks.batches import NoScoresError, UnreadableError
+from lightning_interp.functional.own_state import call_with, places_of
 
 __all__ = ["ScoreModel", "UnreadableError", "class_probabilities", "read_scores", "read_targets", "sample_losses"]
 
@@ -82,7 +83,7 @@ class ScoreModel(nn.Module):
         caller = _Caller(self.module)
         if self._copies:
             try:
-                return torch.func.functional_call(caller, self._copies, (images.float(),))
+                return call_with(caller, self._copies, images.float())
             except RuntimeError:  # a forward that casts by itself, to `self.dtype` for example
                 self._copies.clear()
         dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), images.dtype)
@@ -90,7 +91,7 @@ class ScoreModel(nn.Module):
 
 
 class _Caller(nn.Module):
-    """Calls the module, or its `interp_scores`; a module of its own, since `functional_call` calls `forward` only."""
+    """Calls the module, or its `interp_scores`; a module of its own, since `call_with` calls `forward` only."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -221,10 +222,9 @@ def _multi_label(scores: Tensor, labels: Tensor | None) -> bool:
 
 def _float32_copies(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers in float32 under the names that `_Caller` gives them; empty where none is in half."""
-    tensors = dict([*module.named_parameters(), *module.named_buffers()])
     if not any(parameter.dtype in _HALF for parameter in module.parameters()):
         return {}
     return {
         f"module.{name}": tensor.detach().float() if tensor.dtype in _HALF else tensor
-        for name, tensor in tensors.items()
+        for name, tensor in places_of(module).items()
     }

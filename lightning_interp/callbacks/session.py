@@ -42,6 +42,7 @@ class Session:
         self._last_steps: dict[tuple[str, bool], int] = {}
         self._ended = False
         self._closed = False
+        self._waiting = False
 
     @classmethod
     def begin(cls, trainer: Any, model: nn.Module) -> Session:
@@ -55,6 +56,11 @@ class Session:
     def of(cls, trainer: Any) -> Session:
         """The session of a running fit."""
         return _sessions[trainer]
+
+    @classmethod
+    def find(cls, trainer: Any) -> Session | None:
+        """The session of the latest fit; None if there was none."""
+        return _sessions.get(trainer)
 
     @classmethod
     def end(cls, trainer: Any, *, closed: bool) -> None:
@@ -89,7 +95,14 @@ class Session:
             if self._last_steps.get(key, -1) < record.step:
                 self._last_steps[key] = record.step
                 fresh.append(record)
+        self._waiting = self._waiting or bool(fresh)
         sinks.write(trainer.loggers, fresh)
+
+    def flush(self, trainer: Any) -> None:
+        """Has the loggers write what they still hold of ours, on rank zero."""
+        if self._waiting and not self._closed and trainer.is_global_zero:
+            self._waiting = False
+            sinks.flush(trainer.loggers)
 
     def layer_tag(self, quantity: str, layer: str, name: str | None) -> str:
         """`interp.<quantity>[.<name>]/<NN>_<layer>`: one group a quantity, in depth order.

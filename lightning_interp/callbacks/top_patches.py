@@ -17,6 +17,7 @@ from lightning_interp.callbacks._excited import Excited, firing, images_of, inde
 from lightning_interp.callbacks._lightning import LightningModule, Trainer
 from lightning_interp.callbacks._patch_pictures import BLANK, LayerPictures, Shown
 from lightning_interp.callbacks.base import InterpCallback, OnError
+from lightning_interp.callbacks.fallback import hidden_layers, named
 from lightning_interp.callbacks.guard import undisturbed
 from lightning_interp.callbacks.observer import Observer
 from lightning_interp.callbacks.samples import read_samples
@@ -76,6 +77,8 @@ class TopPatches(InterpCallback):
 
     provides: ClassVar[tuple[str, ...]] = ("top_patches", "top_patches_strip", "top_patches_turnover", "cost")
     measures: ClassVar[tuple[str, ...]] = ("top_patches_turnover",)
+    can_be_spared: ClassVar[bool] = True
+    works_alone: ClassVar[bool] = True
 
     def __init__(  # noqa: PLR0913 - options, by keyword
         self,
@@ -147,6 +150,7 @@ class TopPatches(InterpCallback):
         """Joins the session and checks the names of the layers."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            _ranks.refuse_sharded(trainer, self, "runs forwards of its own")
             self._forget()
             select("layers", self.layers, [name for name, _ in pl_module.named_modules() if name])
 
@@ -170,10 +174,19 @@ class TopPatches(InterpCallback):
             else:
                 log.info(f"There is no validation: {what}")
 
+    def scheduled(self, hook: str, trainer: Trainer) -> bool:
+        """A validation run too."""
+        due = hook == "on_validation_start" and self.schedule.epoch_due(trainer.current_epoch)
+        return due or super().scheduled(hook, trainer)
+
+    def shows_in(self, hook: str) -> bool:
+        """Either at validation or in a pass of its own."""
+        return hook == ("on_validation_start" if self._by_loop else "on_train_epoch_end")
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins a run that is due."""
         self._run = None
-        if self._by_loop and self.schedule.epoch_due(trainer.current_epoch):
+        if self._by_loop and self.scheduled("on_validation_start", trainer) and not self.spared:
             self._run = _Run(Excited(self.k, self.filters_per_layer, index_of(trainer)))
 
     def on_validation_batch_start(
@@ -185,7 +198,8 @@ class TopPatches(InterpCallback):
         self._run.excited.begin_batch(len(images_of(pl_module, batch)))
         observer = Session.of(trainer).observer
         self._run.observer = observer
-        observer.open(self._run.excited.read, self._chosen(observer.units) or None)
+        chosen = self._chosen(observer.units) or None
+        observer.open(self._run.excited.read, chosen, count=self.count_seconds)
 
     def on_validation_batch_end(  # noqa: PLR0913, PLR0917 - Lightning's signature
         self,
@@ -208,6 +222,7 @@ class TopPatches(InterpCallback):
         """Reduces over ranks, and shows."""
         if self._run is None:
             return
+        self.wait_for_training(trainer)
         run, self._run = self._run, None
         units = Session.of(trainer).observer.units
         names, error, packed = self._chosen(units), None, torch.empty(0)
@@ -220,18 +235,38 @@ class TopPatches(InterpCallback):
                 raise error
             rankings = run.excited.rankings()
         else:
+            self._met = True  # who fails from here on tells nobody: the others don't wait any more
             if not _ranks.agree(trainer, ready=error is None, size=packed.numel()):
                 self._agreed_to_rest = True
                 raise error or RuntimeError("another rank failed, or saw other layers than this one")
             rankings = run.excited.unpack(packed, names, {name: units[name].num_filters for name in names}, trainer)
+        if run.excited.count and self._never_seen(trainer, pl_module, run.excited):
+            return
         if trainer.is_global_zero:
             self._show(trainer, pl_module, rankings, run.excited, step=self.step_of(trainer))
         self.log_cost(trainer, step=self.step_of(trainer))
 
+    def _never_seen(self, trainer: Trainer, pl_module: LightningModule, excited: Excited) -> bool:
+        """Whether the loop calls its layers in a compiled function: from now on, an eager pass is made instead."""
+        units = Session.of(trainer).observer.units
+        if units and all(layer in excited.grids for layer in self._chosen(units)):
+            return False
+        hidden = hidden_layers(trainer, pl_module)
+        if hidden and trainer.is_global_zero:
+            self._eager_images = read_samples(trainer, pl_module, _SAMPLES).images
+            self.say_once(
+                f"TopPatches never saw {named(hidden)}, which a compiled function seems to call: it looks at the first "
+                f"{len(self._eager_images)} images of the set, in an eager pass."
+            )
+        self._by_loop = self._by_loop and not hidden
+        return bool(hidden)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Where the loop can't be watched: a pass over fixed images."""
-        if self._eager_images is None or not self.schedule.epoch_due(trainer.current_epoch):
+        due = self.scheduled("on_train_epoch_end", trainer) and not self.spared
+        if self._eager_images is None or not due:
             return
+        self.wait_for_training(trainer)
         step = max(self.step_of(trainer) - 1, 0)
         excited, units = Excited(self.k, self.filters_per_layer, None), Session.of(trainer).observer.units
         with undisturbed(pl_module, training=False):
@@ -254,7 +289,8 @@ class TopPatches(InterpCallback):
 
     def while_resting(self, hook: str, trainer: Trainer) -> None:
         """Tells the other ranks, where they would wait for this one, that it has failed."""
-        waits = hook == "on_validation_epoch_end" and self._by_loop and self.schedule.epoch_due(trainer.current_epoch)
+        waits = hook == "on_validation_epoch_end" and self._by_loop and not self.spared
+        waits = waits and self.schedule.epoch_due(trainer.current_epoch)
         if waits and trainer.world_size > 1 and not self._agreed_to_rest and index_of(trainer) is not None:
             _ranks.agree(trainer, ready=False, size=0)
             self._agreed_to_rest = True

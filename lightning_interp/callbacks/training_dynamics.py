@@ -13,7 +13,8 @@ from torch import Tensor
 from lightning_interp._options import check_at_least
 from lightning_interp.callbacks._backlog import Backlog, Item
 from lightning_interp.callbacks._lightning import LightningModule, Trainer, planned_steps
-from lightning_interp.callbacks._prober import Prober, accumulates, is_sharded, single_loss
+from lightning_interp.callbacks._prober import Prober, accumulates, single_loss
+from lightning_interp.callbacks._ranks import is_sharded
 from lightning_interp.callbacks._readings import Movement, agree, movement, same_batch
 from lightning_interp.callbacks._updates import parameter_layers
 from lightning_interp.callbacks.base import InterpCallback, OnError
@@ -192,12 +193,15 @@ class TrainingDynamics(InterpCallback):
         if step - self._reported_at >= every or len(self._backlog) >= _MOST_WAITING:
             self._report(trainer)
             self._reported_at = step
+            self.log_cost(trainer, step=step)
 
     # ------------------------------------------------------------------ output
 
     def _report(self, trainer: Trainer) -> None:
         """Fetches what waits on the device, and hands it to the history and to the loggers, each at its own step."""
         history = self.notebook(trainer)
+        if len(self._backlog):
+            self.wait_for_training(trainer)
         for item in self._backlog.take():
             if item.kind == "loss":
                 self._report_loss(trainer, item)
@@ -289,7 +293,6 @@ class TrainingDynamics(InterpCallback):
     def state_dict(self) -> dict[str, Any]:
         """What was measured and not written yet; a resumed run neither repeats nor loses a value."""
         return {
-            "version": 1,
             "backlog": self._backlog.state_dict(),
             "partial": [self._partial_step, *self._partial],
             "median": self._median,

@@ -31,19 +31,27 @@ class Window:
     def __init__(self) -> None:
         self.forwards = 0
         self._known: frozenset[str] | None = None
+        self._proven = False  # all are: that can't be taken back
         self._liveness = Liveness()
         self._magnitude = MeanMagnitude()
         self._observer: Observer | None = None
 
     # ------------------------------------------------------------------ reading
 
-    def open(self, observer: Observer, choose: Callable[[Units], Iterable[str]]) -> None:
+    def open(
+        self,
+        observer: Observer,
+        choose: Callable[[Units], Iterable[str]],
+        count: Callable[[float], None] | None = None,
+    ) -> None:
         """Follows what can still prove something in the coming forward: suspects, and units without an exact zero.
 
         In the first batch of the window that is everything, so that layers which have not run before are found; one
         that turns up later may have run unseen, and is not judged before the next window.
         """
         self.forwards += 1
+        if self._proven:
+            return
         units: set[str] | None = None
         if not self._searches(observer):
             if self._known is None:
@@ -53,8 +61,9 @@ class Window:
             unseen = chosen - self._liveness.seen()
             graded = {name for name in chosen if _is_graded(observer.units[name])}
             units = (self._liveness.suspects() & chosen) | unseen | graded
+            self._proven = not units
         if units is None or units:
-            observer.open(self._read, units)
+            observer.open(self._read, units, count=count)
             self._observer = observer
 
     def _searches(self, observer: Observer) -> bool:
@@ -103,9 +112,13 @@ class Window:
         for name in names:
             count = units[name].num_filters
             judged = self._known is None or name in self._known
-            total, values = sums.get(name, (torch.zeros(count, dtype=torch.float64), 0))
-            mask = alive.get(name, torch.zeros(count, dtype=torch.bool))
-            parts += [torch.tensor([judged and name in alive, judged and values]), mask.double(), total]
+            total, values = sums.get(name, (torch.empty(0), 0))
+            if len(total) != count:
+                total, values = torch.zeros(count, dtype=torch.float64), 0
+            mask = alive.get(name, torch.empty(0))
+            seen = judged and len(mask) == count  # else it was not read, or is of a layer that has been replaced
+            mask = mask if seen else torch.zeros(count)
+            parts += [torch.tensor([seen, judged and values]), mask.double(), total]
         return torch.cat([part.double() for part in parts]) if parts else torch.empty(0, dtype=torch.float64)
 
     def unpack(

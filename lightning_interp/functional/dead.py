@@ -83,8 +83,11 @@ class MeanMagnitude:
         # The inner axis first, in float32: a quarter of the time of a norm over both axes on a CPU.
         total = channels.abs().sum(dim=2, dtype=torch.float32).double().sum(dim=0)
         before = self._sums.get(end.unit)
-        self._sums[end.unit] = total if before is None else before.to(total.device) + total
-        self._counts[end.unit] = self._counts.get(end.unit, 0) + channels.shape[0] * channels.shape[2]
+        if before is None or before.shape != total.shape:  # new, or replaced by the user in mid-window
+            self._sums[end.unit], self._counts[end.unit] = total, 0
+        else:
+            self._sums[end.unit] = before.to(total.device) + total
+        self._counts[end.unit] += channels.shape[0] * channels.shape[2]
 
     def absorb(self, sums: dict[str, tuple[Tensor, int]]) -> None:
         """Adds what was summed before a resume."""

@@ -76,7 +76,8 @@ class Lifelines:
             life.died_between.pop(index, None)
             new.append(FilterEvent(layer, index, "revived", life.last, step))
         life.dead, life.last = now, step
-        self.events = [*self.events, *new][-MAX_EVENTS:]
+        if new:
+            self.events = [*self.events, *new][-MAX_EVENTS:]
         return new
 
     @property

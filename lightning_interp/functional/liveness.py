@@ -76,7 +76,7 @@ class Liveness:
     def read(self, end: End) -> None:
         """Takes note of one activation."""
         watch = self._watches.get(end.unit)
-        if watch is None:
+        if watch is None or watch.alive.numel() != end.layout.size:  # new, or replaced by the user in mid-window
             alive = torch.zeros(end.layout.size, dtype=torch.bool, device=end.tensor.device)
             watch = self._watches[end.unit] = _Watch(alive)
         if watch.num_suspects == 0:

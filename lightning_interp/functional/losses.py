@@ -96,7 +96,7 @@ class LossCapture(TorchFunctionMode):
         """Runs the function as it is, and notes it if it is a loss."""
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        if func in LOSSES and self.error is None:
+        if func in LOSSES and self.error is None and not torch.compiler.is_compiling():
             try:
                 self._note(func, args, kwargs, output)
             except Exception as error:  # an error of ours must not become one of the user's

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lightning_interp._options import expected
 from lightning_interp.functional.linearised import IrregularError, Linearised, positive_state
+from lightning_interp.functional.own_state import call_with, places_of
 from lightning_interp.functional.reach import Units, channels_second, check_layer, find_units, reach
 from lightning_interp.functional.undisturbed import undisturbed
 
@@ -102,7 +102,7 @@ class _Copy:
     def __init__(self, model: nn.Module, layer: str, units: Units, shape: tuple[int, ...]) -> None:
         self.shape = shape
         self._model, self._layer, self._units = model, layer, units
-        self._state = positive_state({**dict(model.named_parameters()), **dict(model.named_buffers())})
+        self._state = positive_state(places_of(model))
         self._pools: list[tuple[tuple[int, ...], tuple[int, ...]]] | None = None
         self.has_grid = self._is_grid()
         if not self.has_grid and layer in dict(model.named_modules()):
@@ -125,7 +125,7 @@ class _Copy:
         return image, channels_second(reached, _IMAGES)
 
     def _call(self, image: Tensor) -> object:
-        return functional_call(self._model, self._state, (image,))
+        return call_with(self._model, self._state, image)
 
 
 def _axis(copy: _Copy, axis: int) -> tuple[int, int, int] | None:

@@ -20,6 +20,7 @@ alive. A product with another activation (squeeze-and-excitation, gating) ends t
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_interp.functional import ops
-from lightning_interp.functional.hooks import ATTENTION, QuietHook, in_backward, leave_mode
+from lightning_interp.functional.hooks import ATTENTION, QuietHook, enter_mode, function_stack, in_backward, leave_mode
 from lightning_interp.functional.layout import Layout, mover
 from lightning_interp.functional.strands import StrandBook
 from lightning_interp.functional.undisturbed import nesting
@@ -58,6 +59,8 @@ class ActivationTracer(TorchFunctionMode):
         super().__init__()
         self.units: dict[str, Unit] = {} if units is None else units
         self.error: Exception | None = None
+        self.reached: set[str] = set()  # layers whose output came by
+        self.seconds = 0.0  # on the host, inside the forward: to follow and to read
         self._model = model
         self._follow = follow
         self._book = StrandBook(self.units, reader)
@@ -65,19 +68,21 @@ class ActivationTracer(TorchFunctionMode):
         self._inside = 0
         self._listening = False
         self._level = 0
+        self._above: list[TorchFunctionMode] = []  # modes that were on when it was entered
 
     # ------------------------------------------------------------------ entering and leaving
 
     def __enter__(self) -> ActivationTracer:
-        """Puts hooks on the layers to follow and starts to listen to torch functions."""
-        self._level = nesting()
+        """Puts hooks on the layers to follow; the first that is called starts to listen to torch functions.
+
+        Not before: a compiled function that would find the mode on is compiled anew for it, and calls no hook.
+        """
+        self._level, self._above = nesting(), function_stack()
         for name, module in self._model.named_modules():
             if isinstance(module, ops.OWNERS) and (self._follow is None or name in self._follow):
                 self._hook_layer(name, module)
             elif isinstance(module, ATTENTION):
                 self._handles[module] = [module.register_forward_pre_hook(QuietHook(self._before_attention))]
-        super().__enter__()  # type: ignore[no-untyped-call]
-        self._listening = True
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -115,8 +120,8 @@ class ActivationTracer(TorchFunctionMode):
     # ------------------------------------------------------------------ layers with filters
 
     def _enter_layer(self, training: bool, module: nn.Module, args: Any) -> None:
-        if not self._listening:
-            super().__enter__()  # type: ignore[no-untyped-call]
+        if not self._listening and self._concerned():
+            enter_mode(self, self._above)
             self._listening = True
         self._inside += 1
         if self._inside == 1 and not self.error and self._concerned():
@@ -130,11 +135,13 @@ class ActivationTracer(TorchFunctionMode):
             self._guard(lambda: self._begin(name, module, output))
 
     def _begin(self, name: str, module: nn.Module, output: Tensor) -> None:
+        self.reached.add(name)
         linear = isinstance(module, nn.Linear)
         axis = output.ndim - 1 if linear else output.ndim - 1 - len(module.kernel_size)  # type: ignore[arg-type]
         channels = output.shape[axis]
         if name not in self.units:
             self.units[name] = Unit(name, "linear" if linear else "conv", channels, layers=frozenset({name}))
+        self.units[name].num_filters = channels  # the user may have put another layer in its place
         strand = Strand(name, Layout(axis, 0, channels, channels), frozenset({name}), self._book.next_call())
         self._book.put(output, (strand,))
 
@@ -145,6 +152,8 @@ class ActivationTracer(TorchFunctionMode):
     ) -> Any:
         """Runs the function as it is, and notes what it does to followed channels."""
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # a compiled function, which nobody can watch
+            return func(*args, **kwargs)
         if self._inside or self.error or self._book.empty or not args:
             return func(*args, **kwargs)
         name = ops.base_name(func)
@@ -281,11 +290,14 @@ class ActivationTracer(TorchFunctionMode):
 
     def _guard(self, work: Callable[[], Any]) -> Any:
         """Runs our own code inside the user's forward: an error of ours must not become one of theirs."""
+        started = time.perf_counter()
         try:
             return work()
         except Exception as error:  # reported by whoever owns the reader
             self.error = error
             return None
+        finally:
+            self.seconds += time.perf_counter() - started
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

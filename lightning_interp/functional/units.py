@@ -93,18 +93,19 @@ def sum_unit(units: dict[str, Unit], layers: frozenset[str], channels: int, *, n
         >>> sum_unit({}, frozenset({"layer2.0.conv2", "layer2.0.downsample.0"}), 128, new=True)
         'layer2.0'
     """
-    for unit in units.values():
-        if unit.kind == "sum" and unit.layers == layers:
-            return unit.name
-    if not new:
-        return None
     parts = [name.split(".")[:-1] for name in layers]
     block = itertools.takewhile(lambda words: len(set(words)) == 1, zip(*parts, strict=False))
     base = ".".join(words[0] for words in block) or "sum"
     taken = itertools.count(2)
     name = base
     while name in units:
+        unit = units[name]
+        if unit.kind == "sum" and unit.layers == layers:
+            unit.num_filters = channels  # the user may have put other layers in their place
+            return name
         name = f"{base}#{next(taken)}"
+    if not new:
+        return None
     units[name] = Unit(name, "sum", channels, layers=layers)
     return name
 
@@ -119,7 +120,10 @@ def pruned_filters(model: nn.Module, layer: str) -> Tensor | None:
     Returns:
         (C,) of bool on the CPU, or None without a mask.
     """
-    module = dict(model.named_modules()).get(layer)
+    try:
+        module = model.get_submodule(layer)
+    except AttributeError:  # a sum that no module makes
+        return None
     mask = getattr(module, "weight_mask", None)
     if not isinstance(mask, Tensor):
         return None

@@ -1,4 +1,4 @@
-"""Text for TensorBoard's Markdown."""
+"""Text for TensorBoard's Markdown, and for one line of a log."""
 
 from __future__ import annotations
 
@@ -15,3 +15,13 @@ def escape(text: str) -> str:
     for mark in "\\|`*[":
         text = text.replace(mark, f"\\{mark}")
     return " ".join(text.split())
+
+
+def one_line(text: str) -> str:
+    r"""Without line breaks and control characters: the name of a layer may hold what a terminal would obey.
+
+    Example:
+        >>> one_line("a\n\x1b[31mb")
+        'a [31mb'
+    """
+    return " ".join("".join(mark if mark.isprintable() else " " for mark in text).split())

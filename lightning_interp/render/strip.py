@@ -54,16 +54,18 @@ class FilmStrip:
 
         Args:
             step: At least 0.
-            picture: (H, W, 3), the same size each time; a copy is kept.
+            picture: (H, W, 3); a copy is kept. One of another size than the others begins the strip anew: the network
+                has got another shape since, or the run was resumed with other options.
 
         Raises:
-            ValueError: If `step` is negative or the size is not that of the others.
+            ValueError: If `step` is negative or the shape is not that of a picture.
         """
         if step < 0:
             raise ValueError(f"Expected `step` to be at least 0, but got {step}.")
-        if picture.ndim != 3 or picture.shape[-1] != 3 or (self._frames and self._frames[0][1].shape != picture.shape):
-            wanted = self._frames[0][1].shape if self._frames else "(H, W, 3)"
-            raise ValueError(f"Expected `picture` to have shape {wanted}, but got {picture.shape}.")
+        if picture.ndim != 3 or picture.shape[-1] != 3:
+            raise ValueError(f"Expected `picture` to have shape (H, W, 3), but got {picture.shape}.")
+        if self._frames and self._frames[0][1].shape != picture.shape:
+            self._frames.clear()
         while self._frames and self._frames[-1][0] >= step:
             self._frames.pop()
         self._frames.append((step, np.array(picture, dtype=np.uint8)))

@@ -67,7 +67,9 @@ class Series:
     """One quantity over time in bounded memory.
 
     The first `head` points are kept for ever, since a too-high learning rate does its damage in them; when the rest
-    exceeds `capacity`, neighbours are averaged in pairs, so the spacing doubles and the memory stays bounded.
+    exceeds `capacity`, neighbours are averaged in pairs, so the spacing doubles and the memory stays bounded. The
+    newest ones wait as they are until they are enough for one point; of more than `capacity` the older half is
+    averaged, too.
 
     Attributes:
         points: All that is kept, oldest first.
@@ -80,6 +82,7 @@ class Series:
     capacity: int = 1024
     _stride: int = 1
     _pending: list[Point] = field(default_factory=list)
+    _folded: int = 1  # values of which the oldest one that waits is the mean
 
     def append(self, step: int, value: float) -> None:
         """Adds one point; steps must not decrease."""
@@ -87,9 +90,13 @@ class Series:
             self.points.append(Point(step, value))
         else:
             self._pending.append(Point(step, value))
-            if len(self._pending) == self._stride:
-                self.points.append(_average(self._pending))
-                self._pending.clear()
+            if len(self._pending) + self._folded - 1 == self._stride:
+                self.points.append(_average(self._pending, self._folded))
+                self._pending, self._folded = [], 1
+            elif len(self._pending) > self.capacity:
+                half = self.capacity // 2
+                self._pending[:half] = [_average(self._pending[:half], self._folded)]
+                self._folded += half - 1
         if len(self.points) > self.capacity:
             early, late = self.points[: self.head], self.points[self.head :]
             # An odd one out stays as it is: it is the newest, and the next merge takes it.
@@ -131,8 +138,12 @@ class Series:
         return len(self.points) + len(self._pending)
 
 
-def _average(points: list[Point]) -> Point:
-    return Point(points[-1].step, sum(point.value for point in points) / len(points))
+def _average(points: list[Point], weight: int = 1) -> Point:
+    """The mean, at the last step; the first point counts `weight` times."""
+    total = sum(point.value for point in points)
+    if weight > 1:
+        total += (weight - 1) * points[0].value
+    return Point(points[-1].step, total / (len(points) + weight - 1))
 
 
 @dataclass
@@ -219,7 +230,7 @@ class History:
         """Plain lists and numbers, safe in a checkpoint."""
         return {
             "series": [
-                [quantity, layer, s._stride, [list(p) for p in s.points], [list(p) for p in s._pending]]
+                [quantity, layer, s._stride, [list(p) for p in s.points], [list(p) for p in s._pending], s._folded]
                 for (quantity, layer), s in self.series.items()
             ],
             "facts": [[fact, layer, value] for (fact, layer), value in self.facts.items()],
@@ -230,11 +241,10 @@ class History:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        self.series = {
-            (quantity, layer): Series(
-                points=[Point(*p) for p in points], _stride=stride, _pending=[Point(*p) for p in pending]
-            )
-            for quantity, layer, stride, points, pending in state["series"]
-        }
+        self.series = {}
+        for quantity, layer, stride, points, pending, *folded in state["series"]:
+            series = Series([Point(*p) for p in points], _stride=stride, _pending=[Point(*p) for p in pending])
+            series._folded = folded[0] if folded else 1  # earlier versions folded nothing
+            self.series[quantity, layer] = series
         self.facts = {(fact, layer): value for fact, layer, value in state["facts"]}
         self.step, self.epoch, self.finished = state["step"], state["epoch"], state["finished"]

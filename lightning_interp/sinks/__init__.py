@@ -14,7 +14,7 @@ from typing import Any
 from lightning_interp.records import Record
 from lightning_interp.sinks import generic, tensorboard
 
-__all__ = ["is_tensorboard", "write"]
+__all__ = ["flush", "is_tensorboard", "write"]
 
 
 def write(loggers: Iterable[Any], records: Sequence[Record]) -> None:
@@ -42,6 +42,19 @@ def write(loggers: Iterable[Any], records: Sequence[Record]) -> None:
             errors.append(error)
     if errors:
         raise errors[0]
+
+
+def flush(loggers: Iterable[Any]) -> None:
+    """Has loggers bring what they hold to the disk; those that can't be asked to are passed over.
+
+    A TensorBoardLogger's writer keeps scalars for up to two minutes otherwise.
+
+    Args:
+        loggers: As for `write`.
+    """
+    for logger in loggers:
+        if is_tensorboard(logger) and callable(getattr(logger.experiment, "flush", None)):
+            logger.experiment.flush()
 
 
 def is_tensorboard(logger: Any) -> bool:

@@ -235,7 +235,10 @@ class Listen(pl.Callback):
 
 
 class Costs(pl.Callback):
-    """Which layers carry a hook, and how many modes listen, at points of each training step."""
+    """Which layers carry a hook, and how many modes listen, at points of each training step.
+
+    None does before the first layer is called: a compiled function that found one would be compiled anew for it.
+    """
 
     def __init__(self):
         self.forward, self.later = [], []
@@ -258,7 +261,7 @@ class Costs(pl.Callback):
         self.forward.append(self._now(module))
 
 
-ALL, NOTHING = (["fc", "first", "second"], 1), ([], 0)
+ALL, NOTHING = (["fc", "first", "second"], 0), ([], 0)
 
 
 def test_nothing_is_on_the_model_once_all_filters_are_proven():
@@ -276,7 +279,7 @@ def test_only_layers_with_suspects_are_followed():
     """Filter 0 of the first layer is dead: the second layer is left alone."""
     costs = Costs()
     fit(plain(), DeadFilters(split="train", on_error="raise"), costs)
-    assert costs.forward == [ALL, (["first"], 1), (["first"], 1)] * 2
+    assert costs.forward == [ALL, (["first"], 0), (["first"], 0)] * 2
     assert set(map(str, costs.later)) == {str(NOTHING)}
 
 
@@ -284,7 +287,7 @@ def test_validation_windows_leave_training_alone():
     """After the first update the training batches are free."""
     costs = Costs()
     fit(plain(), DeadFilters(on_error="raise"), costs, val=loader(4, batch_size=1), epochs=1, num_sanity_val_steps=0)
-    assert costs.forward == [ALL, NOTHING, NOTHING, ALL, *[(["first"], 1)] * 3]
+    assert costs.forward == [ALL, NOTHING, NOTHING, ALL, *[(["first"], 0)] * 3]
 
 
 def test_two_callbacks_share_their_hooks():

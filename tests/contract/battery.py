@@ -25,6 +25,7 @@ class Recipe:
         trainer: Options of the Trainer.
         make_callbacks: The user's own callbacks.
         validate: Whether there is a validation loader.
+        data: Options of both loaders, see `nets.loader`.
     """
 
     name: str
@@ -32,16 +33,18 @@ class Recipe:
     trainer: dict = field(default_factory=dict)
     make_callbacks: Callable[[], list] = list
     validate: bool = True
+    data: dict = field(default_factory=dict)
 
     def __str__(self):
         return self.name
 
 
-def run(recipe, callbacks):
-    """Trains, and returns all that the user could compare."""
+def run(recipe, callbacks, capture=None):
+    """Trains, and returns all that the user could compare; what is logged goes to `capture` too."""
     seed_all(7)
-    model, own, capture = recipe.make_model(), recipe.make_callbacks(), Capture()
-    train, val = loader(samples=27), loader(samples=12, seed=1, shuffle=False) if recipe.validate else None
+    model, own, capture = recipe.make_model(), recipe.make_callbacks(), capture or Capture()
+    train = loader(**{"samples": 27, **recipe.data})
+    val = loader(**{"samples": 12, **recipe.data, "seed": 1, "shuffle": False}) if recipe.validate else None
     with tempfile.TemporaryDirectory() as folder:
         board = pl.loggers.TensorBoardLogger(folder)
         options = {"logger": [capture, board], **recipe.trainer}
@@ -60,6 +63,8 @@ def _outcome(trainer, model, own, capture, train, val):  # noqa: PLR0917
         "metrics logged": capture.of_the_user(),
         "callback_metrics": {k: v for k, v in trainer.callback_metrics.items() if not k.startswith("interp")},
         "generators": (torch.get_rng_state(), np.random.get_state(), random.getstate()),
+        "generators of the GPUs": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None,
+        "scaler": scaler.state_dict() if (scaler := getattr(trainer.precision_plugin, "scaler", None)) else None,
         "diary of the steps": model.diary,
         "samples read": (list(train.dataset.reads), list(val.dataset.reads) if val is not None else None),
         "train/eval flags": {name: module.training for name, module in model.named_modules()},
@@ -70,6 +75,7 @@ def _outcome(trainer, model, own, capture, train, val):  # noqa: PLR0917
         "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
         "classes": {name: repr(type(module)) for name, module in model.named_modules()},
         "settings": (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_default_dtype()),
+        "settings of the GPUs": (torch.is_autocast_enabled("cuda"), torch.backends.cudnn.benchmark),
         "progress": (trainer.global_step, trainer.current_epoch, trainer.should_stop, str(trainer.state.status)),
         "the user's callbacks": [getattr(callback, "kept", None) for callback in own],
     }
@@ -119,7 +125,7 @@ def differences(expected, actual, path="run"):  # noqa: PLR0911
 
 def _bits(value):
     if isinstance(value, torch.Tensor):
-        flat = value.detach().contiguous().view(-1).view(torch.uint8)
+        flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
         return value.dtype, tuple(value.shape), value.requires_grad, flat.numpy().tobytes()
     return value.dtype, value.shape, value.tobytes()
 

@@ -24,10 +24,11 @@ SAMPLES, BATCH, CLASSES = 24, 6, 3
 class Images(Dataset):
     """8x8 images and labels; each reading adds noise from all three generators and is noted in `reads`."""
 
-    def __init__(self, samples=SAMPLES, *, seed=0, noise=0.05):
+    def __init__(self, samples=SAMPLES, *, seed=0, noise=0.05, shape=(1, 8, 8), classes=CLASSES):
         generator = torch.Generator().manual_seed(seed)
-        self.labels = torch.arange(samples) % CLASSES
-        self.images = torch.randn(samples, 1, 8, 8, generator=generator) + self.labels[:, None, None, None]
+        self.labels = torch.arange(samples) % classes
+        self.images = torch.randn(samples, *shape, generator=generator)
+        self.images += self.labels.reshape(-1, *(1 for _ in shape))
         self.noise = noise
         self.reads = []
 
@@ -92,13 +93,15 @@ def seed_all(seed):
 
 def generators_digest():
     """A short name for the states of all generators."""
-    states = (torch.get_rng_state().numpy().tobytes(), str(np.random.get_state()), str(random.getstate()))
+    states = [torch.get_rng_state().numpy().tobytes(), str(np.random.get_state()), str(random.getstate())]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states += [state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()]
     return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
 
 
 def gradients_digest(model):
     """A short name for all gradients."""
-    gradients = [None if p.grad is None else p.grad.double().numpy().tobytes() for p in model.parameters()]
+    gradients = [None if p.grad is None else p.grad.double().cpu().numpy().tobytes() for p in model.parameters()]
     return hashlib.sha256(repr(gradients).encode()).hexdigest()[:16]
 
 
@@ -215,9 +218,9 @@ def kit(namespace):  # noqa: C901
     return SimpleNamespace(pl=pl, Net=Net, Capture=Capture, DataModule=DataModule, trainer=trainer)
 
 
-def loader(samples=SAMPLES, *, seed=0, shuffle=True, noise=0.05, batch=BATCH):
-    """A loader of `Images`."""
-    return DataLoader(Images(samples, seed=seed, noise=noise), batch_size=batch, shuffle=shuffle)
+def loader(samples=SAMPLES, *, seed=0, shuffle=True, batch=BATCH, workers=0, **data):
+    """A loader of `Images`; `data` are their options."""
+    return DataLoader(Images(samples, seed=seed, **data), batch_size=batch, shuffle=shuffle, num_workers=workers)
 
 
 # The classes of the first namespace under names of their own, so that they can be pickled.

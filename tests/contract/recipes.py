@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops import stochastic_depth
+from torchvision.transforms import v2
 
 from tests.contract.battery import Recipe
 from tests.contract.nets import CLASSES, Listened, Net, body, pl
@@ -116,13 +118,67 @@ class Sometimes(Net):
 class Checkpointed(nn.Module):
     """Activation checkpointing: the forward is repeated in backward."""
 
-    def __init__(self):
+    def __init__(self, *, reentrant=False):
         super().__init__()
+        self.reentrant = reentrant
         self.trunk = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Dropout(0.2), nn.Conv2d(4, 4, 3), nn.ReLU())
         self.head = nn.Linear(64, CLASSES)
 
     def forward(self, x):
-        return self.head(checkpoint(self.trunk, x, use_reentrant=False).flatten(1))
+        if self.reentrant and not self.training:  # as such code usually does it: it can't do with `autograd.grad`
+            return self.head(self.trunk(x).flatten(1))
+        x = x.requires_grad_() if self.reentrant else x
+        return self.head(checkpoint(self.trunk, x, use_reentrant=self.reentrant).flatten(1))
+
+
+class ChannelsLast(Net):
+    """Weights and images with the channels innermost in memory."""
+
+    def __init__(self):
+        super().__init__(body())
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x):
+        return self.net(x.repeat(1, 2, 1, 1)[:, :1].contiguous(memory_format=torch.channels_last))
+
+
+class Block(nn.Module):
+    """A residual block that a random part of the samples skips, or that is left out altogether."""
+
+    def __init__(self, *, whole):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.whole = whole
+
+    def forward(self, x):
+        if self.training and self.whole and torch.rand(()) < 0.5:
+            return x
+        grown = F.relu(self.conv(x))
+        return x + (grown if self.whole else stochastic_depth(grown, 0.5, "row", self.training))
+
+
+def stochastic():
+    """Stochastic depth: by sample as torchvision does it, and by layer, where a layer isn't called at all."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(), Block(whole=False), Block(whole=True), nn.Flatten(), nn.Linear(36, 3)
+    )
+
+
+class Augmented(Net):
+    """A random augmentation in the training step, and labels that are mixed."""
+
+    def __init__(self):
+        super().__init__()
+        self.augment = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(8, padding=1), v2.RandomErasing(p=0.5)])
+
+    def training_step(self, batch, batch_idx):
+        self.note("train", batch_idx, labels=batch[1].tolist())
+        x, y = self.augment(batch[0]), batch[1]
+        order, share = torch.randperm(len(x)), float(np.random.beta(0.4, 0.4))
+        scores = self(share * x + (1 - share) * x[order])
+        loss = share * F.cross_entropy(scores, y) + (1 - share) * F.cross_entropy(scores, y[order])
+        self.log("train/loss", loss)
+        return loss
 
 
 class Attentive(nn.Module):
@@ -181,6 +237,16 @@ class Averaging(pl.Callback):
             pl_module.load_state_dict(self._own)
 
 
+def swa():
+    """Averages the weights of the last epochs, at a rate of its own; its own statistics for BatchNorm at the end."""
+    return pl.callbacks.StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=1, annealing_epochs=1)
+
+
+def ema():
+    """Lightning's own moving average, with which it validates."""
+    return pl.callbacks.EMAWeightAveraging(decay=0.9)
+
+
 class Drawing(pl.Callback):
     """A callback of the user's that draws random numbers at many moments."""
 
@@ -206,7 +272,10 @@ MORE = [
     Recipe("plateau", Plateau),
     Recipe("validate_twice", trainer={"val_check_interval": 0.5}),
     Recipe("bf16_mixed", trainer={"precision": "bf16-mixed"}),
+    Recipe("bf16_true", trainer={"precision": "bf16-true"}),
     Recipe("averaging", make_callbacks=lambda: [Averaging()]),
+    Recipe("swa", trainer={"max_epochs": 3}, make_callbacks=lambda: [swa()]),
+    *([Recipe("ema", make_callbacks=lambda: [ema()])] if hasattr(pl.callbacks, "EMAWeightAveraging") else []),  # 2.6
     Recipe("drawing", make_callbacks=lambda: [Drawing()]),
     Recipe("no_sanity_check", trainer={"num_sanity_val_steps": 0}),
     Recipe("no_validation", validate=False),
@@ -217,6 +286,10 @@ MORE = [
     Recipe("penalty", Penalty),
     Recipe("sometimes_none", Sometimes),
     Recipe("checkpointed", lambda: Net(Checkpointed())),
+    Recipe("checkpointed_reentrant", lambda: Net(Checkpointed(reentrant=True))),
+    Recipe("channels_last", ChannelsLast),
+    Recipe("stochastic_depth", lambda: Net(stochastic())),
+    Recipe("augmented", Augmented),
     Recipe("attentive", lambda: Net(Attentive())),
     Recipe("wrapped", lambda: Net(Wrapped())),
     Recipe("no_dropout_double_precision", lambda: Net(body(0.0)), trainer={"precision": "64-true"}),

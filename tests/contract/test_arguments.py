@@ -83,7 +83,14 @@ WRONG = {
         "patience": [*NOT_POSITIVE, None],
         "rules": ["dead_filters", 3, ["dead_filters"], [DeadFiltersRule], [DeadFiltersRule(), DeadFiltersRule()]],
     },
-    Interp: {**COMMON, **NORMALISED, **ALERTING, "classes": NOT_STRINGS, "level": ["high", "Full", None, 1]},
+    Interp: {
+        **COMMON,
+        **NORMALISED,
+        **ALERTING,
+        "budget": [0, -0.02, 1.5, 2, "0.02", True, [0.02], float("nan")],
+        "classes": NOT_STRINGS,
+        "level": ["high", "Full", None, 1],
+    },
     standard_callbacks: {
         **COMMON, **NORMALISED, **ALERTING, "classes": NOT_STRINGS, "level": ["high", "Full", None, 1],
     },
@@ -164,3 +171,4 @@ def test_arguments_at_their_limits_are_accepted():
     TrainingDynamics(dense_steps=0, every_n_train_steps=None)
     Alerts(rules=[], mute=[], notify=[], patience=1)
     Interp("light", mute=("dead_filters:net.*",), min_severity="info")
+    Interp(budget=1)

@@ -388,6 +388,65 @@ def test_checkpoint_of_a_run_without_callbacks_can_be_resumed_with_them(tmp_path
     assert min(step for rows in logger.of_interp().values() for step, _ in rows) >= 3
 
 
+def _without_schema(state):
+    """As a state was written before it had a schema: the same, without that number, and batches one by one."""
+    if not isinstance(state, dict):
+        return state
+    older = {key: _without_schema(value) for key, value in state.items() if key != "schema"}
+    if "sparsity" in older:
+        fractions = older["fractions"].items()
+        older["fractions"] = {name: [total / count] * count for name, (total, count) in fractions}
+        older["version"] = 1
+    return older
+
+
+@pytest.mark.parametrize("name", ["often", "Interp"])
+def test_checkpoint_of_the_version_before_is_read_as_if_it_were_ours(name, tmp_path):
+    """In mid-epoch, with open windows: what follows equals, number by number, what follows our own checkpoint."""
+    killed(WHOLE[name], epochs=3, after=6, folder=tmp_path, saves={"every_n_train_steps": 1})
+    path = tmp_path / "step=6.ckpt"
+    own, own_callbacks, own_model = fit_from(WHOLE[name], epochs=3, ckpt_path=path)
+    checkpoint = torch.load(path, weights_only=True)
+    assert any("schema" in state for state in checkpoint["callbacks"].values())
+    checkpoint["callbacks"] = {key: _without_schema(state) for key, state in checkpoint["callbacks"].items()}
+    torch.save(checkpoint, tmp_path / "older.ckpt")
+    older, older_callbacks, older_model = fit_from(WHOLE[name], epochs=3, ckpt_path=tmp_path / "older.ckpt")
+    assert differences(dict(own_model.state_dict()), dict(older_model.state_dict())) == []
+    expected, found = own.of_interp(), older.of_interp()
+    assert expected.keys() == found.keys()
+    for tag, rows in expected.items():
+        assert [step for step, _ in rows] == [step for step, _ in found[tag]], tag
+        if "sparsity" in tag:
+            assert [v for _, v in rows] == pytest.approx([v for _, v in found[tag]], rel=1e-6), tag
+        else:
+            assert differences(rows, found[tag]) == [], tag
+    assert len(alerts_of(own_callbacks)) == len(alerts_of(older_callbacks))
+
+
+@pytest.mark.parametrize("name", ["often", "Interp"])
+def test_checkpoint_of_a_newer_version_is_said_once_a_callback_and_begun_anew(name, tmp_path):
+    """What its numbers mean is not known here; the training goes on, and so do the measurements."""
+    killed(WHOLE[name], epochs=3, after=4, folder=tmp_path, saves={"every_n_train_steps": 1})
+    checkpoint = torch.load(tmp_path / "step=4.ckpt", weights_only=True)
+    checkpoint["callbacks"] = {key: _newer(state) for key, state in checkpoint["callbacks"].items()}
+    torch.save(checkpoint, tmp_path / "newer.ckpt")
+    model, loaders = steady()
+    logger = Capture()
+    trainer = quiet_trainer(callbacks=WHOLE[name](), logger=logger, max_epochs=3)
+    said = fit_quietly(trainer, model, *loaders, ckpt_path=tmp_path / "newer.ckpt")
+    newer = [message for message in said if "newer version of lightning-interp (schema 99" in message]
+    assert len(newer) == len(set(newer)) > 1 - (name == "Interp")
+    assert all("failed in" not in message for message in said)
+    assert max(step for step, _ in logger.of_interp()["interp/learning_rate"]) == 11
+    assert_nothing_left(model)
+
+
+def _newer(state):
+    if not isinstance(state, dict):
+        return state
+    return {key: 99 if key == "schema" else _newer(value) for key, value in state.items()}
+
+
 def test_checkpoint_of_another_version_costs_the_callback_at_most():
     """A state that can't be read is said once; training goes on."""
     callback = Interp()

@@ -88,7 +88,15 @@ def _start(folder, names, *, by_lightning):
 def measured(tmp_path_factory):
     """All scenarios in which nothing fails."""
     folder = tmp_path_factory.mktemp("ddp")
-    return folder, run_together(folder, [*UNIONS, "sparsity", "pictures", "harmless_often", "harmless_Interp", "stops"])
+    return folder, run_together(
+        folder, [*UNIONS, "sparsity", "pictures", "harmless_often", "harmless_Interp", "stops", "dry"]
+    )
+
+
+@pytest.fixture(scope="module")
+def undrawable(tmp_path_factory):
+    """`TopPatches` fails on rank zero, after the ranks have met."""
+    return run_together(tmp_path_factory.mktemp("undrawable"), ["patches_fail"])
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +161,27 @@ def test_alert_stops_all_processes_after_the_same_batch(measured):
     counts = [result.get("train") for result in measured[1]["stops"]]
     assert None not in counts, measured[1]["stops"]
     assert counts[0] == counts[1] < 60
+
+
+def test_rank_without_data_takes_part(measured):
+    """It knows what the others have seen, and nobody waits for it."""
+    for result in measured[1]["dry"]:
+        assert "error" not in result, result["error"]
+        assert result["alone"] == [True, False]
+        assert result["dead"] == [1, 2]
+        assert result["train"] == 6
+        assert len(result["said"]) <= 1  # a stream holds no images that could be read again
+
+
+def test_failure_to_draw_on_rank_zero_hangs_nobody(undrawable):
+    """The other rank has no reason to wait, and no way to know."""
+    results = undrawable["patches_fail"]
+    for result in results:
+        assert "error" not in result, result["error"]
+        assert result["train"] == 6
+        assert result["hooks"] == 0
+    assert ["_show" in message for message in results[0]["said"]] == [True]
+    assert results[1]["said"] == []
 
 
 @pytest.mark.parametrize("name", FAILURES)

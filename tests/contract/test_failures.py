@@ -3,11 +3,22 @@
 import pickle
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
-from lightning_interp import AlertRaised, Alerts, Interp, InterpWarning
+from lightning_interp import (
+    AlertRaised,
+    Alerts,
+    DeadFilters,
+    EmbeddingProjection,
+    Influence,
+    Interp,
+    InterpWarning,
+    LearningRateTooHighRule,
+    NonFiniteRule,
+)
 from lightning_interp.callbacks._family import Family
 from lightning_interp.callbacks.base import _HOOKS
 from tests.contract.battery import fit_quietly
@@ -315,6 +326,45 @@ def test_log_folder_that_is_a_file_is_said_and_training_goes_on(tmp_path, monkey
     assert said
     assert all("blocked" in message for message in said)
     assert event_files(tmp_path / "log")
+    assert_nothing_left(model)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("name", ["alerts.jsonl", "suspect_labels.csv.part", "projector/snapshots.pb.tmp"])
+def test_file_that_fills_the_disk_in_mid_run_is_said_once(name, tmp_path):
+    """Each of our own files in turn lies on a full device; what the loggers take still goes there."""
+    folder = tmp_path / "lightning_logs" / "version_0"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).symlink_to("/dev/full")
+    loud = Alerts(rules=[LearningRateTooHighRule(), NonFiniteRule()])
+    board = pl.loggers.TensorBoardLogger(tmp_path, version=0)
+
+    class Diverges(Net):
+        def loss(self, batch):
+            return super().loss(batch) * (float("nan") if self.global_step > 3 else 1.0)
+
+    watching = Watching()
+    embedding, labels = EmbeddingProjection(max_points=9), Influence(num_test=2, num_train=12)
+    trainer = quiet_trainer(callbacks=[DeadFilters(), embedding, labels, loud, watching], logger=board)
+    said = fit_quietly(trainer, Diverges(), loader(), loader(12, seed=1, shuffle=False))
+    assert watching.batches == 8
+    about_disk = [message for message in said if "No space left on device" in message]
+    assert len(about_disk) == 1
+    assert name.split(".")[0].split("/")[0] in about_disk[0]
+    assert {alert.rule for alert in loud.history} >= {"non_finite"}
+    assert "interp/dead_filters" in {value.tag for event in summaries(tmp_path) for value in event.summary.value}
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that nobody can write to")
+def test_log_folder_that_is_read_only_is_said_and_training_goes_on():
+    """Even for root: a folder of the kernel's."""
+    model, logger, watching = Net(), InFolder(Path("/proc/self")), Watching()
+    trainer = quiet_trainer(callbacks=[Interp(), watching], logger=logger)
+    said = fit_quietly(trainer, model, loader(), loader(12, seed=1, shuffle=False))
+    assert watching.batches == 8
+    assert len(said) == len(set(said))
+    assert any("alerts.jsonl can't be written" in message for message in said)
+    assert max(step for step, _ in logger.of_interp()["interp/learning_rate"]) == 7
     assert_nothing_left(model)
 
 

@@ -130,6 +130,15 @@ def test_strip_wrong_arguments_are_refused():
         strip.push(-1, frame(0))
     with pytest.raises(ValueError, match=r"shape \(H, W, 3\), but got \(3, 4\)"):
         strip.push(0, np.zeros((3, 4), np.uint8))
-    strip.push(0, frame(0))
-    with pytest.raises(ValueError, match=r"shape \(3, 4, 3\), but got \(3, 5, 3\)"):
-        strip.push(1, frame(0, (3, 5)))
+
+
+def test_strip_picture_of_another_size_begins_anew():
+    """The network has got another shape since, or the run was resumed with other options; also from a checkpoint."""
+    strip, other = FilmStrip(), FilmStrip()
+    for step in (0, 10):
+        strip.push(step, frame(step))
+    other.load_state_dict(strip.state_dict())
+    for each in (strip, other):
+        each.push(20, frame(20, (5, 4)))
+        each.push(30, frame(30, (5, 4)))
+        assert each.steps == [20, 30]

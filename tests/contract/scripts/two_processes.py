@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_interp import ActivationSparsity, Alerts, DeadFilters, Interp, InterpWarning, NonFiniteRule
+from lightning_interp import ActivationSparsity, Alerts, DeadFilters, Interp, InterpWarning, NonFiniteRule, TopPatches
 from tests.contract.battery import differences
 from tests.contract.factories import often
 from tests.contract.hooks import hooks_on, modes_on_stack
@@ -192,6 +192,51 @@ def failing(cls, hook, bad_rank, when="before"):
     return {"train": batches.train, "hooks": len(hooks_on(model)) - 1, "modes": modes_on_stack()}
 
 
+class Dry(IterableDataset):
+    """A stream of images that gives rank one none at all."""
+
+    def __init__(self, rank, batches):
+        self.count = 0 if rank else 4 * batches
+
+    def __iter__(self):
+        for _ in range(self.count):
+            image = torch.zeros(3, 4, 4)
+            image[0, 2, 3] = 1.0
+            yield image, torch.tensor(0)
+
+
+class Uneventful(Marked):
+    """Rank one has nothing to validate on."""
+
+    def val_dataloader(self):
+        return DataLoader(Dry(self.trainer.global_rank, 2), batch_size=4)
+
+
+def dry():
+    """All callbacks, with a rank that sees no validation batch."""
+    callbacks, model, batches = often(), Uneventful(), Batches()
+    callbacks[0] = DeadFilters(split="val", on_error="raise")
+    trainer([*callbacks, batches], logger=Capture()).fit(model)
+    return {
+        "dead": callbacks[0].dead["net.0"],
+        "train": batches.train,
+        "alone": [bool(fired) for fired in everyone("val" in model.fired)],
+    }
+
+
+def patches_fail():
+    """Rank zero can't draw: that comes after the ranks have met, so nobody must wait for anybody."""
+
+    class Undrawable(TopPatches):
+        def _show(self, *args, **kwargs):
+            raise RuntimeError("in _show on rank 0")
+
+    batches, model = Batches(), Marked()
+    options = {"logger": Capture(), "use_distributed_sampler": True}
+    trainer([Undrawable(), batches], **options).fit(model)
+    return {"train": batches.train, "hooks": len(hooks_on(model)) - 1, "modes": modes_on_stack()}
+
+
 def stops():
     """An alert stops all ranks together."""
 
@@ -216,6 +261,8 @@ def scenarios(folder):
         "harmless_often": lambda: harmless(often),
         "harmless_Interp": lambda: harmless(lambda: [Interp(on_error="raise")]),
         "stops": stops,
+        "dry": dry,
+        "patches_fail": patches_fail,
     }
     hooks = (
         "setup",
@@ -241,6 +288,10 @@ def scenarios(folder):
 def main(folder, names):
     """Runs the scenarios one after the other."""
     known = scenarios(folder)
+    if any(name.startswith("sharded") for name in names):  # not every torch has what they need
+        from tests.contract.scripts import sharded
+
+        known |= sharded.scenarios(PATIENCE)
     for name in names:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
