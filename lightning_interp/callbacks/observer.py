@@ -23,13 +23,12 @@ class Observer:
     Attributes:
         model: The LightningModule.
         units: All units found so far, in the order in which the forward reaches them.
-        reached: Layers that the watched forwards have called.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.units: dict[str, Unit] = {}
-        self.reached: set[str] = set()
+        self._reached: set[str] = set()
         self._seeing: set[bool] = set()  # whether training, or validation, has been seen; or not, and never will be
         self._blind: set[bool] = set()
         self._training = True
@@ -44,10 +43,14 @@ class Observer:
         """Whether a part of the model is compiled: hooks put on it now would never be called, silently."""
         return any(is_compiled(module) for module in self.model.modules())
 
+    @property
+    def reached(self) -> set[str]:
+        """Layers that the watched forwards have called."""
+        return self._reached if self._tracer is None else self._reached | self._tracer.reached
+
     def unreached(self) -> set[str]:
         """Names of the layers with filters that no watched forward has called so far."""
-        owners = (name for name, module in self.model.named_modules() if isinstance(module, OWNERS))
-        return {name for name in owners if name not in self.reached}
+        return {name for name, module in self.model.named_modules() if isinstance(module, OWNERS)} - self.reached
 
     def open(
         self,
@@ -143,7 +146,7 @@ class Observer:
         if self._tracer is not None:
             tracer, self._tracer, self._counted = self._tracer, None, 0.0
             tracer.__exit__(None, None, None)
-            self.reached |= tracer.reached
+            self._reached |= tracer.reached
 
     def _dispatch(self, end: End) -> None:
         for reader, units in self._readers.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,7 +14,7 @@ from lightning_interp import sinks
 from lightning_interp.callbacks._lightning import log_directory
 from lightning_interp.callbacks.observer import Observer
 from lightning_interp.functional.ops import OWNERS
-from lightning_interp.records import Embedding, Record
+from lightning_interp.records import Embedding, Record, safe_tag
 from lightning_interp.rules.history import History
 
 _sessions: WeakKeyDictionary[Any, Session] = WeakKeyDictionary()
@@ -91,10 +92,11 @@ class Session:
             return
         fresh = []
         for record in records:
-            key = (record.tag, isinstance(record, Embedding))  # the projector has tags of its own
+            tag = safe_tag(record.tag)
+            key = (tag, isinstance(record, Embedding))  # the projector has tags of its own
             if self._last_steps.get(key, -1) < record.step:
                 self._last_steps[key] = record.step
-                fresh.append(record)
+                fresh.append(record if tag == record.tag else replace(record, tag=tag))
         self._waiting = self._waiting or bool(fresh)
         sinks.write(trainer.loggers, fresh)
 

@@ -1,6 +1,8 @@
 """Compiled models and functions: bit-identical to the same compiled run, and what was never seen is said."""
 
 import math
+import os
+import shutil
 import warnings
 
 import pytest
@@ -145,7 +147,14 @@ def all_hidden(backend):
 QUICK = [child, all_hidden]
 THOROUGH = [lightning_module, module_in_place, child_in_place, called_before, forward_of_a_child, step, a_layer, hidden]
 WAYS = [*QUICK, *(pytest.param(way, marks=pytest.mark.slow) for way in THOROUGH)]
-COMPILERS = [("aot_eager", called_before), ("aot_eager", hidden), ("inductor", child), ("inductor", all_hidden)]
+CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")
+needs_cxx = pytest.mark.skipif(CXX is None, reason="there is no C++ compiler")
+COMPILERS = [
+    ("aot_eager", called_before),
+    ("aot_eager", hidden),
+    pytest.param("inductor", child, marks=needs_cxx),
+    pytest.param("inductor", all_hidden, marks=needs_cxx),
+]
 
 
 def outcome(way, backend, callbacks):

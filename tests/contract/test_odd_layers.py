@@ -7,15 +7,18 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from lightning_interp import DeadFilters, TopPatches
+from lightning_interp import DeadFilters, FilterGrid, TopPatches
+from lightning_interp.functional import receptive_field
 from tests.callbacks.watched import Watched, check
 from tests.callbacks.watched import loader as watched_loader
 from tests.contract.battery import Recipe
-from tests.contract.nets import CLASSES, Net, loader, quiet_trainer
+from tests.contract.nets import CLASSES, Capture, Net, loader, quiet_trainer
 from tests.contract.odd import LITTLE, MAKERS, survives
 
 # Quantisation has moved to a package of its own, and torch says so.
-pytestmark = pytest.mark.filterwarnings("ignore:torch.ao.quantization is", "ignore:torch.quantize_per_tensor")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.ao.quantization is", "ignore:torch.quantize_per_tensor", "ignore:Please use quant_min and quant_max"
+)
 ONCE = {"max_epochs": 1}
 NO_IMAGES = (r"expected images|Expected images \(N, C, H, W\)",)
 NO_GRID = ("goes on without grad_cam",)
@@ -170,8 +173,6 @@ def test_odd_layers_are_measured_and_trained_as_without_us(kind, make):
 
 def test_a_module_under_two_names_keeps_its_weights_when_patches_are_drawn():
     """To find what a position can see, the model is called with other weights: all of its own must come back."""
-    from lightning_interp import receptive_field
-
     torch.manual_seed(0)
     net = Shared()
     before = [(id(parameter), parameter.detach().clone()) for parameter in net.parameters()]
@@ -257,14 +258,14 @@ def test_surgery_is_followed(kind, step, make):
 
 
 class Operated(Watched):
-    """Three layers; at a given batch the one in the middle gets other filters, some of them dead."""
+    """Three layers; after so many steps the one in the middle gets other filters, some of them dead."""
 
     def __init__(self, at, width):
         super().__init__(4)
         self.first, self.second, self.third = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
         self.at, self.width = at, width
 
-    def on_train_batch_start(self, batch, batch_idx):
+    def on_train_batch_end(self, outputs, batch, batch_idx):
         if self.global_step == self.at:
             self.second, self.third = nn.Conv2d(4, self.width, 1), nn.Conv2d(self.width, 4, 1)
             self.rig()
@@ -292,8 +293,6 @@ def test_dead_filters_after_surgery_equal_brute_force(width):
 
 def test_filters_that_are_shown_are_those_that_the_model_has_now():
     """After a layer has been replaced, the old one is of no interest."""
-    from lightning_interp import FilterGrid
-
     callback = FilterGrid(every_n_train_steps=1, on_error="raise")
     model = Surgery(widen)
     shown = []
@@ -312,8 +311,6 @@ def test_patches_are_as_large_as_what_the_new_layer_sees():
     callback, sizes = TopPatches(on_error="raise"), []
     model = Surgery(larger)
     model.on_validation_epoch_start = lambda: sizes.append(callback._pictures.fields.get("net.0"))
-    from tests.contract.nets import Capture
-
     trainer = quiet_trainer(callbacks=[callback], max_epochs=3, logger=Capture(), num_sanity_val_steps=0)
     trainer.fit(model, loader(**LITTLE), loader(**LITTLE, seed=1, shuffle=False))
     assert [field and field.size for field in sizes] == [None, (3, 3), (5, 5)]

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from lightning_interp.callbacks._alert_text import log_lines
 from lightning_interp.cli import main
 from lightning_interp.rules.alert import Alert
 from tests.contract.battery import differences, fit_quietly
+from tests.contract.conftest import CHATTER
 from tests.contract.factories import often
 from tests.contract.nets import CLASSES, Capture, Net, loader, pl, quiet_trainer, seed_all
 from tests.contract.odd import LITTLE
@@ -23,8 +26,11 @@ from tests.reading import BACK_ENDS, read
 NAMES = [
     "größe/Ünïcode", "<script>alert(1)<", "//etc/passwd", "слой 1", "层🔥", "a|b`c*[d](e)\\", "new\nline", "x" * 300,
     "C:\\con", "%s {0} $HOME", "[bold red]x[/]", "[a-z]*?", " ", "\x1b[31m",
+    'say "cheese"',
 ]  # fmt: skip
 HEAD = "</td>head/é"
+# TensorBoard's fast back end shows no picture under a tag with one of these; the rest stays as it is.
+IN_TAGS = {"\\": "%5C", "\n": "%0A", "\x1b": "%1B", '"': "%22"}
 
 
 class Odd(nn.Module):
@@ -50,9 +56,12 @@ def run(callbacks, folder):
     """The weights, the folder of the run, its numbers and what was said."""
     seed_all(0)
     model, capture, board = Net(Odd()), Capture(), pl.loggers.TensorBoardLogger(folder)
-    trainer = quiet_trainer(callbacks=callbacks, logger=[capture, board])
-    said = fit_quietly(trainer, model, loader(**LITTLE), loader(**LITTLE, seed=1, shuffle=False))
-    return model.state_dict(), board.log_dir, capture.of_interp(), said
+    trainer = quiet_trainer(callbacks=callbacks, logger=[capture, board], max_epochs=1)
+    with warnings.catch_warnings():  # this runs in a fixture of the module, before those of each test
+        for message in CHATTER:
+            warnings.filterwarnings("ignore", message=message)
+        said = fit_quietly(trainer, model, loader(**LITTLE), loader(**LITTLE, seed=1, shuffle=False))
+    return model.state_dict(), Path(board.log_dir), capture.of_interp(), said
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +77,15 @@ def test_weights_are_those_of_a_run_without_callbacks(trained, tmp_path):
     assert trained[4] == []
 
 
+def in_tags(name):
+    return "".join(IN_TAGS.get(mark, mark) for mark in name)
+
+
 @pytest.mark.parametrize("back_end", BACK_ENDS)
 def test_every_layer_has_its_tags(back_end, trained):
-    """In both of TensorBoard's back ends, character for character."""
-    log = read(type(trained[0])(trained[2]), back_end)
-    layers = {f"{number:02d}_net.{name}" for number, name in enumerate(NAMES)}
+    """In both of TensorBoard's back ends, with its pictures."""
+    log = read(trained[2], back_end)
+    layers = {f"{number:02d}_net.{in_tags(name)}" for number, name in enumerate(NAMES)}
     for tags in (log.scalars, trained[3]):
         assert {
             tag.removeprefix("interp.dead_filters/") for tag in tags if tag.startswith("interp.dead_filters/")
@@ -83,7 +96,7 @@ def test_every_layer_has_its_tags(back_end, trained):
 
 def test_no_file_is_written_outside_the_folder_of_the_run_or_named_after_a_layer(trained):
     """Slashes lead nowhere; the projector's files have names of their own."""
-    folder, run_folder = trained[0], type(trained[0])(trained[2])
+    folder, run_folder = trained[0], trained[2]
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert all(run_folder in path.parents for path in files)
     own = {"alerts.jsonl", "suspect_labels.csv", "projector_config.pbtxt", "hparams.yaml", "projector"}
@@ -97,7 +110,7 @@ def test_projector_finds_what_it_lists(trained):
     from google.protobuf import text_format
     from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
-    folder = type(trained[0])(trained[2])
+    folder = trained[2]
     config = text_format.Parse((folder / "projector_config.pbtxt").read_text(encoding="utf-8"), ProjectorConfig())
     assert config.embeddings
     for info in config.embeddings:
@@ -107,13 +120,13 @@ def test_projector_finds_what_it_lists(trained):
 
 
 def test_alert_file_is_one_object_a_line_with_the_names_as_they_are(trained):
-    lines = (type(trained[0])(trained[2]) / "alerts.jsonl").read_text(encoding="utf-8").split("\n")
+    lines = (trained[2] / "alerts.jsonl").read_text(encoding="utf-8").split("\n")
     found = [json.loads(line) for line in lines if line]
     assert {f"net.{name}" for name in NAMES} <= {alert["layer"] for alert in found}
 
 
 def test_table_of_suspects_keeps_its_columns(trained):
-    rows = list(csv.reader(io.StringIO((type(trained[0])(trained[2]) / "suspect_labels.csv").read_text())))
+    rows = list(csv.reader(io.StringIO((trained[2] / "suspect_labels.csv").read_text())))
     assert len(rows) > 1
     assert len({len(row) for row in rows}) == 1
 

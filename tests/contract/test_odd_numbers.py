@@ -112,6 +112,7 @@ def test_what_is_not_finite_is_said_in_an_alert(kind):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Consider setting `persistent_workers")
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_data_loader_with_workers(context):
     """In either way to start them; the workers of the user's loader see nothing of us."""
@@ -120,7 +121,7 @@ def test_data_loader_with_workers(context):
         seed_all(3)
         options = {"batch_size": 4, "num_workers": 1, "multiprocessing_context": context}
         model, capture = Net(net()), Capture()
-        trainer = quiet_trainer(callbacks=callbacks, logger=capture, max_epochs=1)
+        trainer = quiet_trainer(callbacks=callbacks, logger=capture, max_epochs=1, num_sanity_val_steps=0)
         said = fit_quietly(trainer, model, DataLoader(Images(8), **options), DataLoader(Images(8, seed=1), **options))
         return model.state_dict(), said, capture.of_interp()
 
