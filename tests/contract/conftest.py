@@ -28,12 +28,3 @@ def _without_chatter():
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
 
-
-# Not green yet: to be mended one by one.
-collect_ignore = [
-    "test_odd_layers.py",
-    "test_odd_names.py",
-    "test_odd_numbers.py",
-    "test_processes.py",
-    "test_faults.py",
-]

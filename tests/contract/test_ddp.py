@@ -163,7 +163,6 @@ def test_alert_stops_all_processes_after_the_same_batch(measured):
     assert counts[0] == counts[1] < 60
 
 
-@pytest.mark.skip(reason="not green yet")
 def test_rank_without_data_takes_part(measured):
     """It knows what the others have seen, and nobody waits for it."""
     for result in measured[1]["dry"]:
@@ -174,7 +173,6 @@ def test_rank_without_data_takes_part(measured):
         assert len(result["said"]) <= 1  # a stream holds no images that could be read again
 
 
-@pytest.mark.skip(reason="not green yet")
 def test_failure_to_draw_on_rank_zero_hangs_nobody(undrawable):
     """The other rank has no reason to wait, and no way to know."""
     results = undrawable["patches_fail"]
