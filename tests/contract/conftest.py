@@ -27,4 +27,3 @@ def _without_chatter():
     yield
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
-

@@ -231,10 +231,16 @@ def patches_fail():
         def _show(self, *args, **kwargs):
             raise RuntimeError("in _show on rank 0")
 
-    batches, model = Batches(), Marked()
-    options = {"logger": Capture(), "use_distributed_sampler": True}
-    trainer([Undrawable(), batches], **options).fit(model)
-    return {"train": batches.train, "hooks": len(hooks_on(model)) - 1, "modes": modes_on_stack()}
+    batches, without, model = Batches(), Batches(), Marked()
+    options = {"use_distributed_sampler": True}
+    trainer([without], **options).fit(Marked())
+    trainer([Undrawable(), batches], logger=Capture(), **options).fit(model)
+    return {
+        "train": batches.train,
+        "train_without": without.train,
+        "hooks": len(hooks_on(model)) - 1,
+        "modes": modes_on_stack(),
+    }
 
 
 def stops():
