@@ -15,7 +15,7 @@ from lightning_interp.callbacks.guard import undisturbed
 from lightning_interp.callbacks.scores import ScoreModel
 from lightning_interp.functional.class_images import ascend
 from lightning_interp.functional.patches import PatchRanking, project_patches
-from lightning_interp.functional.reach import channels_second, find_units, reach
+from lightning_interp.functional.reach import Units, channels_second, find_units, reach
 from lightning_interp.functional.receptive_field import ReceptiveField, receptive_field
 from lightning_interp.render.color import Pixels, denormalise
 from lightning_interp.render.patches import Box, Excitement, cut, projection
@@ -61,6 +61,7 @@ class LayerPictures:
         """
         self.fields: dict[str, ReceptiveField | None] = {}
         self._architecture = ""
+        self._units: Units | None = None
         self._k, self._mean, self._std, self._steps = k, mean, std, steps
 
     def draw(self, model: nn.Module, shown: Shown, say: Say) -> list[Excitement]:
@@ -93,7 +94,7 @@ class LayerPictures:
     def _field(self, model: nn.Module, shown: Shown, shape: tuple[int, ...], say: Say) -> ReceptiveField | None:
         """Depends on the architecture only: found once, and again where the user has changed that."""
         if self._architecture != (now := repr(model)):
-            self._architecture = now
+            self._architecture, self._units = now, None
             self.fields.clear()
         if shown.layer not in self.fields:
             try:
@@ -115,12 +116,20 @@ class LayerPictures:
                 images = torch.stack([shown.images[int(shown.ranking.indices[place])] for place in part])
                 filters = torch.tensor([row for row, _ in part])
                 positions = torch.stack([shown.ranking.positions[place] for place in part])
-                gradients, _ = project_patches(model, images, shown.layer, filters, positions, call=call)
+                units = self._known_units(model, images, call)
+                gradients, _ = project_patches(model, images, shown.layer, filters, positions, units=units, call=call)
                 found.update(zip(part, gradients.float().cpu(), strict=True))
         except Exception as error:  # a forward that takes something else than images
             say(_limit(error))
             return None
         return found
+
+    def _known_units(self, model: nn.Module, images: Tensor, call: ScoreModel) -> Units:
+        """Found by a whole forward: not for each layer anew."""
+        if self._units is None:
+            with undisturbed(model, training=False):
+                self._units = find_units(model, images[:1].repeat(2, 1, 1, 1), call=call)
+        return self._units
 
     def _maximise(self, model: nn.Module, shown: Shown, images: Tensor, say: Say) -> Pixels | None:
         """One image a filter, by the mean of its activation over all positions."""
@@ -129,7 +138,7 @@ class LayerPictures:
         rows = torch.arange(count, device=images.device)
         try:
             with undisturbed(model, training=False, gradients=True):
-                units = find_units(model, images[:1].repeat(2, 1, 1, 1), call=call)
+                units = self._known_units(model, images, call)
 
                 def objective(made: Tensor) -> Tensor:
                     activation = channels_second(reach(model, made, shown.layer, units, call=call), count)

@@ -179,6 +179,7 @@ FAULTS = (
         (
             f"{_PROCESSES}test_run_that_was_killed_in_mid_epoch_goes_on_where_its_checkpoint_ends",
             f"{_CHECKPOINTS}test_resume_in_mid_epoch_loses_and_repeats_nothing",
+            f"{_CHECKPOINTS}test_what_a_checkpoint_takes_for_written_is_on_disk",
         ),
     ),
     Fault(

@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
 
 from lightning_interp import Interp
@@ -16,6 +17,7 @@ from tests.contract.battery import differences, fit_quietly
 from tests.contract.factories import ALL, WHOLE, often
 from tests.contract.hooks import assert_nothing_left, hooks_on
 from tests.contract.nets import Capture, Net, body, loader, pl, quiet_trainer
+from tests.reading import summaries
 
 LOAD_WITHOUT_US = """
 import importlib.abc, json, sys
@@ -332,6 +334,48 @@ def test_resume_in_mid_epoch_loses_and_repeats_nothing(name, step, tmp_path):
         expected = [at for at, _ in whole.of_interp()[tag] if at >= step]
         actual = [at for at, _ in second.of_interp()[tag] if at >= step]
         assert actual == expected
+
+
+@pytest.fixture
+def _held(monkeypatch):
+    """Event files keep what is written to them until they are flushed, as those of TensorFlow do."""
+    write, flush, held = RecordWriter.write, RecordWriter.flush, []
+
+    def release(writer):
+        while held:
+            write(*held.pop(0))
+        flush(writer)
+
+    monkeypatch.setattr(RecordWriter, "write", lambda writer, data: held.append((writer, data)))
+    monkeypatch.setattr(RecordWriter, "flush", release)
+
+
+@pytest.mark.usefixtures("_held")
+def test_what_a_checkpoint_takes_for_written_is_on_disk(tmp_path):
+    """A resumed run does not write it again."""
+    from lightning_interp import DeadFilters
+
+    class Silent(Net):
+        """Logs nothing, which would have the logger write what it holds."""
+
+        def training_step(self, batch, batch_idx):
+            return self.loss(batch)
+
+    class Looking(pl.Callback):
+        """After each checkpoint: the steps that somebody would find if the process were killed now."""
+
+        def __init__(self):
+            self.found = []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            values = [(event.step, value.tag) for event in summaries(tmp_path) for value in event.summary.value]
+            self.found.append([step for step, tag in values if tag == "interp.dead_filters/00_net.0"])
+
+    looking, saver = Looking(), pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=1)
+    ours = DeadFilters(split="train", window_steps=1, on_error="raise")
+    options = {"logger": pl.loggers.TensorBoardLogger(tmp_path), "enable_checkpointing": True, "max_epochs": 1}
+    quiet_trainer(callbacks=[ours, saver, looking], **options).fit(Silent(), loader())
+    assert looking.found == [list(range(step)) for step in range(4)]
 
 
 def test_open_window_goes_on_after_a_resume(tmp_path):

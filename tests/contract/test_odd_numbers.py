@@ -113,8 +113,8 @@ def test_what_is_not_finite_is_said_in_an_alert(kind):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Consider setting `persistent_workers")
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_data_loader_with_workers(context):
+@pytest.mark.parametrize(("context", "level"), [("fork", "standard"), ("spawn", "light")])  # spawning takes seconds
+def test_data_loader_with_workers(context, level):
     """In either way to start them; the workers of the user's loader see nothing of us."""
 
     def run(callbacks):
@@ -126,9 +126,9 @@ def test_data_loader_with_workers(context):
         return model.state_dict(), said, capture.of_interp()
 
     expected, _, _ = run([])
-    actual, said, rows = run([Interp(on_error="raise")])
+    actual, said, rows = run([Interp(level, on_error="raise")])
     assert said == []
-    assert rows.keys() >= NUMBERS
+    assert rows.keys() >= (NUMBERS if level == "standard" else NUMBERS - {"interp/sparsity_mean"})
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
