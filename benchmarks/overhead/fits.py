@@ -31,7 +31,8 @@ from benchmarks.overhead.timing import Pairs, Stopwatch
 from benchmarks.overhead.turns import PassOn, run_in_turns
 from benchmarks.overhead.watch import require
 from lightning_interp import Interp
-from lightning_interp.callbacks.base import _HOOKS, InterpCallback
+from lightning_interp.callbacks._guarding import HOOKS
+from lightning_interp.callbacks.base import InterpCallback
 
 HEAD = ("network", "what", "measured", "goal")
 _TURN = 10  # steps of the fit without the callbacks
@@ -129,7 +130,7 @@ def measure(case: Case, epochs: int, steps: int) -> FitCost:
     data = TensorDataset(images, torch.randint(0, case.classes, (count,), generator=generator))
     stopwatch = Stopwatch()
     interp, log = Interp(), _StepLog(stopwatch)
-    for name in _HOOKS:
+    for name in HOOKS:
         setattr(interp, name, stopwatch.wrap(getattr(interp, name)))
 
     fewer = math.gcd(epochs, _FEWER)

@@ -6,7 +6,8 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from lightning_interp.callbacks.base import _CLEANING, _HOOKS, InterpCallback, OnError
+from lightning_interp.callbacks._guarding import CLEANING, HOOKS
+from lightning_interp.callbacks.base import InterpCallback, OnError
 
 # The family goes first: it makes its children in `setup`, and puts the restored history in place before they write.
 _OWN_FIRST = frozenset({"setup", "on_fit_start"})
@@ -41,7 +42,7 @@ def _call_each(children: Iterable[InterpCallback], name: str, *args: Any, **kwar
         try:
             getattr(child, name)(*args, **kwargs)
         except BaseException as error:
-            if name not in _CLEANING:
+            if name not in CLEANING:
                 raise
             first = first or error
     if first is not None:
@@ -68,7 +69,7 @@ class Family(InterpCallback):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name in _HOOKS & vars(cls).keys():
+        for name in HOOKS & vars(cls).keys():
             setattr(cls, name, _forwarding(vars(cls)[name]))
 
     @property
@@ -100,7 +101,7 @@ class Family(InterpCallback):
                     child._rest(error, "load_state_dict")
 
 
-for _name in _HOOKS:
+for _name in HOOKS:
     setattr(Family, _name, _forwarding(getattr(Family, _name)))
 
 

@@ -7,7 +7,6 @@ that an error is reported once and the callback rests while training goes on, an
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import time
 import warnings
@@ -19,114 +18,16 @@ from torch import Tensor
 
 from lightning_interp._options import check_choice, check_positive_int, check_strings, expected, select, spread
 from lightning_interp.callbacks import _ranks
+from lightning_interp.callbacks._guarding import HOOKS, STATE, guarded, guarded_state
 from lightning_interp.callbacks._lightning import CallbackBase, LightningModule, Trainer, axis_step
 from lightning_interp.callbacks.batches import UnreadableError
 from lightning_interp.callbacks.schedule import Schedule
 from lightning_interp.callbacks.session import Session
-from lightning_interp.errors import AlertRaised, ArgumentError, InterpWarning
+from lightning_interp.errors import InterpWarning
 from lightning_interp.records import Image, Record, Scalar
 from lightning_interp.rules.history import History
 
 OnError = Literal["warn", "raise"]
-
-# Hooks that must run even while a callback rests: they clean up.
-_CLEANING = frozenset({"teardown", "on_exception"})
-# Hooks that run whatever the Trainer does; the others only during `fit`.
-_ALWAYS = _CLEANING | {"setup"}
-_STATE = frozenset({"state_dict", "load_state_dict"})
-# Of what `state_dict` gives; to be counted up when an older version of this package could not read it. A state without
-# one was written before there was a count: schema 1.
-SCHEMA = 2
-_HOOKS = frozenset(
-    (
-        "setup",
-        "teardown",
-        "on_exception",
-        "on_fit_start",
-        "on_fit_end",
-        "on_sanity_check_start",
-        "on_sanity_check_end",
-        "on_train_start",
-        "on_train_end",
-        "on_train_epoch_start",
-        "on_train_epoch_end",
-        "on_train_batch_start",
-        "on_train_batch_end",
-        "on_validation_start",
-        "on_validation_end",
-        "on_validation_epoch_start",
-        "on_validation_epoch_end",
-        "on_validation_batch_start",
-        "on_validation_batch_end",
-        "on_before_backward",
-        "on_after_backward",
-        "on_before_optimizer_step",
-        "on_before_zero_grad",
-        "on_save_checkpoint",
-        "on_load_checkpoint",
-    )
-)
-
-
-def _guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a Lightning hook: errors are reported and not raised, time is counted."""
-    name = hook.__name__
-
-    @functools.wraps(hook)
-    def guarded(self: InterpCallback, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
-        if self._depth:  # called by another hook of the same callback, through super() or directly
-            return hook(self, trainer, *args, **kwargs)
-        if name not in _ALWAYS and (trainer.state.fn != "fit" or (trainer.sanity_checking and "validation" in name)):
-            return None
-        if self.resting and name not in _ALWAYS:
-            return self.while_resting(name, trainer)
-        self._depth += 1
-        self._met = False
-        self._since = self.clock()
-        try:
-            result = hook(self, trainer, *args, **kwargs)
-            self.flush(trainer)
-            return result
-        except (ArgumentError, AlertRaised):
-            self._flush_quietly(trainer)
-            raise
-        except Exception as error:
-            if isinstance(error, UnreadableError):
-                self._give_up(trainer, error)
-            else:
-                self._rest(error, name)
-            if not self._met:  # the other ranks may wait for this one in this very hook
-                self.while_resting(name, trainer)
-        finally:
-            self._depth -= 1
-            self.seconds += self.clock() - self._since
-
-    guarded.__guarded__ = True  # type: ignore[attr-defined]
-    return guarded
-
-
-def _guarded_state(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps `state_dict` and `load_state_dict`: a checkpoint must be written and read whatever happens to us.
-
-    A state carries the number of its schema. One of a newer schema is not read: the callback begins anew, and says so.
-    """
-
-    @functools.wraps(method)
-    def guarded(self: InterpCallback, *args: Any) -> Any:
-        try:
-            if args and (schema := args[0].get("schema", 1)) > SCHEMA:
-                self.say_once(
-                    f"The checkpoint was written by a newer version of lightning-interp (schema {schema}; this version "
-                    f"reads up to {SCHEMA}): {type(self).__name__} begins anew. Update to go on where it ended."
-                )
-                return None
-            state = method(self, *args)
-            return {**state, "schema": SCHEMA} if state else state
-        except Exception as error:
-            self._rest(error, method.__name__)
-            return {}
-
-    return guarded
 
 
 class InterpCallback(CallbackBase):
@@ -144,10 +45,10 @@ class InterpCallback(CallbackBase):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name in _HOOKS & vars(cls).keys():
-            setattr(cls, name, _guarded(vars(cls)[name]))
-        for name in _STATE & vars(cls).keys():
-            setattr(cls, name, _guarded_state(vars(cls)[name]))
+        for name in HOOKS & vars(cls).keys():
+            setattr(cls, name, guarded(vars(cls)[name]))
+        for name in STATE & vars(cls).keys():
+            setattr(cls, name, guarded_state(vars(cls)[name]))
 
     def __init__(  # noqa: PLR0913 - the common options of all callbacks, passed on by name
         self,
@@ -450,8 +351,8 @@ class InterpCallback(CallbackBase):
         return select("layers", self.layers, available)
 
 
-for _name in _HOOKS & vars(InterpCallback).keys():
-    setattr(InterpCallback, _name, _guarded(vars(InterpCallback)[_name]))
+for _name in HOOKS & vars(InterpCallback).keys():
+    setattr(InterpCallback, _name, guarded(vars(InterpCallback)[_name]))
 
 
 def finite_or_nan(value: float | None) -> float:

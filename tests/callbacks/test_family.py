@@ -8,7 +8,8 @@ import pytest
 import pytorch_lightning as pl
 
 from lightning_interp.callbacks._family import Family, with_children
-from lightning_interp.callbacks.base import _HOOKS, InterpCallback
+from lightning_interp.callbacks._guarding import HOOKS
+from lightning_interp.callbacks.base import InterpCallback
 from lightning_interp.errors import AlertRaised, InterpWarning
 
 
@@ -51,7 +52,7 @@ def _noted(hook):
     return call
 
 
-Noting = type("Noting", (Child,), {hook: _noted(hook) for hook in _HOOKS})
+Noting = type("Noting", (Child,), {hook: _noted(hook) for hook in HOOKS})
 
 
 class Parent(Family):
@@ -73,7 +74,7 @@ def family(*children, name=None):
     return parent
 
 
-@pytest.mark.parametrize("hook", sorted(_HOOKS - {"setup"}))
+@pytest.mark.parametrize("hook", sorted(HOOKS - {"setup"}))
 def test_each_hook_reaches_each_child_once(hook):
     children = Noting("a"), Noting("b")
     arguments = tuple(list(inspect.signature(getattr(pl.Callback, hook)).parameters)[2:])

@@ -20,7 +20,7 @@ from lightning_interp import (
     NonFiniteRule,
 )
 from lightning_interp.callbacks._family import Family
-from lightning_interp.callbacks.base import _HOOKS
+from lightning_interp.callbacks._guarding import HOOKS
 from tests.contract.battery import fit_quietly
 from tests.contract.factories import CLASSES, WHOLE, often
 from tests.contract.hooks import assert_nothing_left, hooks_on
@@ -60,7 +60,7 @@ def failing(cls, hook, when, **options):
 def hooks_of(cls):
     """The hooks that a class or the base of all callbacks defines; `Family` only passes on, two stand for all."""
     bases = [base for base in cls.__mro__ if base.__module__.startswith("lightning_interp") and base is not Family]
-    own = {hook for hook in _HOOKS if any(hook in vars(base) for base in bases)}
+    own = {hook for hook in HOOKS if any(hook in vars(base) for base in bases)}
     return sorted(own | {"on_train_batch_start", "on_validation_batch_end"})
 
 
