@@ -24,7 +24,7 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.overhead import fits, machine, ours, peers, start, steps, table, tools
+from benchmarks.overhead import fits, gpu_fits, machine, ours, peers, start, steps, table, tools
 from benchmarks.overhead.models import runnable
 
 SECTIONS = ("start", "steps", "tools", "fits")
@@ -45,6 +45,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--fits", type=int, default=1, help="pairs of fits for each network (default 1)")
     made.add_argument("--epochs", type=int, default=10, help="epochs of a fit (default 10)")
     made.add_argument("--batches", type=int, default=100, help="training steps of an epoch (default 100)")
+    made.add_argument("--gpu-epochs", type=int, default=3, help="the same on a GPU (default 3)")
+    made.add_argument("--gpu-batches", type=int, default=300, help="the same on a GPU (default 300)")
     made.add_argument("--require-peers", action="store_true", help="fail where a tool to compare with is missing")
     return made
 
@@ -68,7 +70,10 @@ def report(options: argparse.Namespace) -> Iterator[tuple[str, set[str]]]:
         yield table.markdown(title, tools.HEAD, [line for line, _ in lines]), {problem for _, problem in lines}
     if "fits" in chosen and options.fits:
         trained = [case for case in cases if case.device == "cpu" and case.shape[1] <= 32]
-        yield fits.text(trained, options.fits, options.epochs, options.batches), set()
+        if trained:
+            yield fits.text(trained, options.fits, options.epochs, options.batches), set()
+        if on_gpu := [case for case in cases if case.device != "cpu"]:
+            yield gpu_fits.text(on_gpu, options.gpu_epochs, options.gpu_batches), set()
 
 
 def main(arguments: list[str] | None = None) -> int:

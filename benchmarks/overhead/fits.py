@@ -161,14 +161,14 @@ def measure(case: Case, epochs: int, steps: int) -> FitCost:
             fit(folders[1], [turn, interp, log], epochs)
 
         turns = run_in_turns([(plain, _TURN), (watched, _TURN * fewer)])
-        reported = _reported(folders[1], interp)
+        costs = reported(folders[1], interp)
     between = [t for t, hooks in zip(log.direct[1:], log.hooks[1:], strict=True) if hooks == 0]
     before = turns.before[0] or 0.0  # the start is not repeated
     scaled = before + fewer * (turns.seconds[0] - before)
-    return FitCost(scaled, turns.seconds[1], sum(log.direct), between, len(log.direct) - 1, reported)
+    return FitCost(scaled, turns.seconds[1], sum(log.direct), between, len(log.direct) - 1, costs)
 
 
-def _reported(folder: Path, interp: Interp) -> dict[str, float]:
+def reported(folder: Path, interp: Interp) -> dict[str, float]:
     """What the callbacks say of their own time in the log, which must also hold what they measured."""
     require(not any(child.resting for child in interp.children), "Interp: a callback rests, and the fit")
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 1}).Reload()

@@ -6,6 +6,11 @@ FIRST = (20, 60, 100)  # steps: a too-high rate does its damage in the first 20,
 EVERY = 50  # steps, from then on
 
 
+def falls_on(step: int) -> bool:
+    """Whether a look falls on the end of this training step."""
+    return step in FIRST or (step > FIRST[-1] and step % EVERY == 0)
+
+
 class Timetable:
     """Tells in which calls of a hook a look is due: the same on all ranks, which decide together.
 
@@ -29,9 +34,8 @@ class Timetable:
             return max(0, axis_step - 1)
         if hook == "on_validation_end":
             return axis_step
-        due = axis_step in FIRST or (axis_step > FIRST[-1] and axis_step % EVERY == 0)
         # When gradients are accumulated, several batches fall on one step.
-        if hook != "on_train_batch_end" or not due or axis_step == self._last:
+        if hook != "on_train_batch_end" or not falls_on(axis_step) or axis_step == self._last:
             return None
         self._last = axis_step
         return axis_step

@@ -12,6 +12,7 @@ import torch
 
 from lightning_interp.callbacks import _ranks
 from lightning_interp.callbacks._family import Family
+from lightning_interp.callbacks._lightning import fits
 from lightning_interp.callbacks.base import InterpCallback
 
 log = logging.getLogger("lightning_interp")
@@ -135,7 +136,7 @@ class Budget:
 
         On all ranks, whatever has failed on them.
         """
-        if hook not in _HOOKS or trainer.state.fn != "fit" or trainer.sanity_checking:
+        if hook not in _HOOKS or not fits(trainer) or trainer.sanity_checking:
             yield
             return
         if hook in _DECIDING:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
-from lightning_interp.callbacks._guarding import CLEANING, HOOKS
+from lightning_interp.callbacks._guarding import CLEANING, HOOKS, IN_BATCH
+from lightning_interp.callbacks._lightning import CallbackBase, LightningModule, Trainer, axis_step, fits
 from lightning_interp.callbacks.base import InterpCallback, OnError
 
 # The family goes first: it makes its children in `setup`, and puts the restored history in place before they write.
@@ -16,18 +17,27 @@ _OWN_FIRST = frozenset({"setup", "on_fit_start"})
 def _forwarding(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps a (guarded) hook so that the children get it too, whether or not the family itself is resting."""
     name = hook.__name__
+    own_first, in_batch, empty = name in _OWN_FIRST, name in IN_BATCH, hook is getattr(CallbackBase, name)
 
     @functools.wraps(hook)
     def forwarded(self: Family, *args: Any, **kwargs: Any) -> None:
         if self._forwarded == name:  # the hook of a parent class, called through super()
             hook(self, *args, **kwargs)
             return
+        children: Sequence[InterpCallback] = self.children
+        if in_batch:
+            if name == "on_train_batch_start":
+                self._ask(args[0], args[3] if len(args) > 3 else kwargs["batch_idx"])
+            if self._asked is not None:
+                children = self._asked.get(name, ())
+                if not children and (empty or name not in self._due):
+                    return
         before, self._forwarded = self._forwarded, name
         try:
-            if name in _OWN_FIRST:
+            if own_first:
                 hook(self, *args, **kwargs)
-            self.pass_on(name, *args, **kwargs)
-            if name not in _OWN_FIRST:
+            self.pass_on(children, name, *args, **kwargs)
+            if not own_first:
                 hook(self, *args, **kwargs)
         finally:
             self._forwarded = before
@@ -66,6 +76,13 @@ class Family(InterpCallback):
         super().__init__(name=name, on_error=on_error)
         self.children: list[InterpCallback] = []
         self._forwarded = ""  # the hook that is being passed on
+        self._asked: dict[str, list[InterpCallback]] | None = None  # hook of this batch to the children that need it
+        self._due: Collection[str] = ()  # hooks of this batch in which the family itself has something to do
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forgets the last batch of the last run."""
+        self._asked = None
+        super().setup(trainer, pl_module, stage)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -77,9 +94,37 @@ class Family(InterpCallback):
         """Seconds that it and its children have taken since the fit began."""
         return super().cost + sum(child.cost for child in self.children)
 
-    def pass_on(self, hook: str, *args: Any, **kwargs: Any) -> None:
-        """Calls a hook of the children. Outside the guard of the family: on all ranks, whatever has failed."""
-        _call_each(self.children, hook, *args, **kwargs)
+    def pass_on(self, children: Sequence[InterpCallback], hook: str, *args: Any, **kwargs: Any) -> None:
+        """Calls a hook of these children. Outside the guard of the family: on all ranks, whatever has failed."""
+        _call_each(children, hook, *args, **kwargs)
+
+    # ------------------------------------------------------------------ one batch
+
+    def _ask(self, trainer: Trainer, batch_idx: int) -> None:
+        """A batch begins. On most of them nothing is due, and then none of six hooks of each child is called."""
+        if fits(trainer):
+            started = self.clock()
+            self.batch_hooks(trainer, batch_idx, axis_step(trainer), steps=not trainer.fit_loop._should_accumulate())
+            self.seconds += self.clock() - started
+
+    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, steps: bool) -> Collection[str]:
+        """Those of the family itself, and those that a child needs; which child needs which is kept."""
+        asked: dict[str, list[InterpCallback]] = {}
+        for child in self.children:
+            try:
+                names = child.batch_hooks(trainer, batch_idx, step, steps=steps)
+            except Exception:  # whatever is wrong will be said by the hook itself, inside its guard
+                names = child._batch_hooks
+            for name in names:
+                asked.setdefault(name, []).append(child)
+        self._asked, self._due = asked, self.own_batch_hooks(step)
+        return asked.keys() | self._due
+
+    def own_batch_hooks(self, step: int) -> Collection[str]:
+        """As `batch_hooks`, of the family without its children."""
+        return self._batch_hooks
+
+    # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
         """The states of the children that have one, by `state_key`; a child that fails rests and is left out."""

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lightning_interp.callbacks._lightning import Trainer
+from lightning_interp.callbacks._lightning import Trainer, fits
 from lightning_interp.callbacks.batches import UnreadableError
 from lightning_interp.errors import AlertRaised, ArgumentError
 
@@ -18,6 +18,17 @@ CLEANING = frozenset({"teardown", "on_exception"})
 # Hooks that run whatever the Trainer does; the others only during `fit`.
 ALWAYS = CLEANING | {"setup"}
 STATE = frozenset({"state_dict", "load_state_dict"})
+# Of one training batch: the hooks that are called so often that even asking whether there is something to do costs.
+IN_BATCH = frozenset(
+    (
+        "on_train_batch_start",
+        "on_before_zero_grad",
+        "on_before_backward",
+        "on_after_backward",
+        "on_before_optimizer_step",
+        "on_train_batch_end",
+    )
+)
 # Of what `state_dict` gives; to be counted up when an older version of this package could not read it. A state without
 # one was written before there was a count: schema 1.
 SCHEMA = 2
@@ -55,38 +66,47 @@ HOOKS = frozenset(
 def guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps a Lightning hook: errors are reported and not raised, time is counted."""
     name = hook.__name__
+    always, validates = name in ALWAYS, "validation" in name
+
+    def concerns(trainer: Trainer) -> bool:
+        return always or (fits(trainer) and not (validates and trainer.sanity_checking))
 
     @functools.wraps(hook)
     def wrapped(self: InterpCallback, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
         if self._depth:  # called by another hook of the same callback, through super() or directly
             return hook(self, trainer, *args, **kwargs)
-        if name not in ALWAYS and (trainer.state.fn != "fit" or (trainer.sanity_checking and "validation" in name)):
+        if not concerns(trainer):
             return None
-        if self.resting and name not in ALWAYS:
+        if self.resting and not always:
             return self.while_resting(name, trainer)
         self._depth += 1
         self._met = False
         self._since = self.clock()
         try:
             result = hook(self, trainer, *args, **kwargs)
-            self.flush(trainer)
+            if self._outbox:
+                self.flush(trainer)
             return result
         except (ArgumentError, AlertRaised):
             self._flush_quietly(trainer)
             raise
         except Exception as error:
-            if isinstance(error, UnreadableError):
-                self._give_up(trainer, error)
-            else:
-                self._rest(error, name)
-            if not self._met:  # the other ranks may wait for this one in this very hook
-                self.while_resting(name, trainer)
+            _stop(self, trainer, error, name)
         finally:
             self._depth -= 1
             self.seconds += self.clock() - self._since
 
     wrapped.__guarded__ = True  # type: ignore[attr-defined]
     return wrapped
+
+
+def _stop(callback: InterpCallback, trainer: Trainer, error: Exception, hook: str) -> None:
+    if isinstance(error, UnreadableError):
+        callback._give_up(trainer, error)
+    else:
+        callback._rest(error, hook)
+    if not callback._met:  # the other ranks may wait for this one in this very hook
+        callback.while_resting(hook, trainer)
 
 
 def guarded_state(method: Callable[..., Any]) -> Callable[..., Any]:

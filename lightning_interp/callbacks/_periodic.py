@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from lightning_interp._options import check_numbers, check_strings
@@ -124,6 +124,10 @@ class PeriodicCallback(InterpCallback):
     ) -> None:
         """Measures after a due step."""
         self._measure_once("on_train_batch_end", trainer, pl_module)
+
+    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, steps: bool) -> Collection[str]:
+        """Those of a batch that the schedule makes due."""
+        return self._batch_hooks if steps and self.step_due(trainer, step) else ()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures after a due epoch."""

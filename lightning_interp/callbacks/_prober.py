@@ -56,6 +56,11 @@ class Prober:
             self._same_batch = SameBatchProbe(model, self._updates.parameters, want_images=not self.images_seen)
             self._same_batch.attach()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a batch is being probed, or one that was due still waits for an optimizer."""
+        return bool(self._waiting) or self._updates is not None or self._same_batch is not None
+
     def before_backward(self, loss: Tensor) -> None:
         """The forward is over."""
         if self._same_batch is not None:

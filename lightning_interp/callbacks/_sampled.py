@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -121,6 +121,10 @@ class SampledCallback(PeriodicCallback):
             self._fixed = keep(pl_module, batch, self.num_samples)
             self._delivered = True
             self._measure_once("on_train_start", trainer, pl_module)
+
+    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, steps: bool) -> Collection[str]:
+        """Those of a batch that is due, or that the samples are taken from."""
+        return self._batch_hooks if self._waiting else super().batch_hooks(trainer, batch_idx, step, steps=steps)
 
     def _measure_once(self, hook: str, trainer: Trainer, pl_module: LightningModule) -> None:
         step = None if self._fixed is None else self.due(hook, trainer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, ClassVar
@@ -131,6 +131,11 @@ class ActivationSparsity(InterpCallback):
                 self.say_for_all(trainer, type(error), f"has no pictures to show: {error}")
         if self.step_of(trainer) == 0:
             self._show_maps(trainer, pl_module, step=0)
+
+    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, steps: bool) -> Collection[str]:
+        """Those of a batch that is sampled, or whose step is due."""
+        due = step == 0 or self.step_due(trainer, step) or self._observer is not None
+        return self._batch_hooks if due or self._sampled(trainer, batch_idx) else ()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Opens the reader on sampled batches."""

@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_interp._options import check_choice, check_positive_int, check_strings, expected, select, spread
 from lightning_interp.callbacks import _ranks
-from lightning_interp.callbacks._guarding import HOOKS, STATE, guarded, guarded_state
+from lightning_interp.callbacks._guarding import HOOKS, IN_BATCH, STATE, guarded, guarded_state
 from lightning_interp.callbacks._lightning import CallbackBase, LightningModule, Trainer, axis_step
 from lightning_interp.callbacks.batches import UnreadableError
 from lightning_interp.callbacks.schedule import Schedule
@@ -42,11 +42,17 @@ class InterpCallback(CallbackBase):
     provides: ClassVar[tuple[str, ...]] = ()
     can_be_spared: ClassVar[bool] = False
     works_alone: ClassVar[bool] = False
+    _batch_hooks: ClassVar[frozenset[str]] = frozenset()  # those of a batch that the class has
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name in HOOKS & vars(cls).keys():
+        own = HOOKS & vars(cls).keys()
+        for name in own:
             setattr(cls, name, guarded(vars(cls)[name]))
+        cls._batch_hooks = cls._batch_hooks | (own & IN_BATCH)
+        if own & IN_BATCH and "batch_hooks" not in vars(cls):
+            # When the hooks of a parent have nothing to do says nothing about new ones.
+            cls.batch_hooks = InterpCallback.batch_hooks  # type: ignore[method-assign]
         for name in STATE & vars(cls).keys():
             setattr(cls, name, guarded_state(vars(cls)[name]))
 
@@ -230,13 +236,27 @@ class InterpCallback(CallbackBase):
 
     def step_due(self, trainer: Trainer, step: int) -> bool:
         """Whether a step schedule (or an epoch schedule without epochs) makes this step due."""
-        return self.schedule.step_due(step, endless=trainer.num_training_batches == float("inf"))
+        schedule = self.schedule
+        return schedule.may_be_due(step) and schedule.step_due(step, endless=trainer.num_training_batches == math.inf)
 
     def scheduled(self, hook: str, trainer: Trainer) -> bool:
         """Whether the schedule makes this hook due; the same on all ranks."""
         if hook == "on_train_batch_end":
             return not trainer.fit_loop._should_accumulate() and self.step_due(trainer, self.step_of(trainer))
         return hook == "on_train_epoch_end" and self.schedule.epoch_due(trainer.current_epoch)
+
+    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, steps: bool) -> Collection[str]:
+        """The hooks of the training batch that begins in which there is something to do; a family passes on no others.
+
+        Must name each in which something is due, and may depend only on what is the same on all ranks where they meet.
+
+        Args:
+            trainer: The running trainer.
+            batch_idx: Of the batch.
+            step: Step on the axis of `self.log`.
+            steps: Whether the batch ends with an optimizer step.
+        """
+        return self._batch_hooks
 
     def shows_in(self, hook: str) -> bool:
         """Whether it is in this hook, if due, that something is shown."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
@@ -150,6 +150,11 @@ class DeadFilters(InterpCallback):
         # A validation in every tenth epoch would tell of deaths ten epochs late.
         often = trainer.check_val_every_n_epoch in {None, 1}
         self._use_validation = has_validation and (self.split == "val" or (self.split == "auto" and often))
+
+    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, steps: bool) -> Collection[str]:
+        """All while a window is open on the training; none where validation is watched."""
+        watched = not (self._first_done and self._use_validation) or self._window.reading
+        return self._batch_hooks if watched else ()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Opens the reader on batches that can still prove something."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -185,6 +185,11 @@ class EmbeddingProjection(PeriodicCallback):
         """Keeps samples of a stream."""
         if self._stream is not None:
             self._stream.keep(pl_module, batch)
+
+    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, steps: bool) -> Collection[str]:
+        """Those of a batch that is due; of a stream, all."""
+        streams = self._stream is not None
+        return self._batch_hooks if streams else super().batch_hooks(trainer, batch_idx, step, steps=steps)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the number where the callbacks that monitor look for it."""

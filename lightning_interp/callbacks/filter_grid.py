@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, ClassVar
@@ -143,6 +143,10 @@ class FilterGrid(InterpCallback):
         """Shows the filters after a due step."""
         if self.scheduled("on_train_batch_end", trainer):
             self._show_once(trainer, step=self.step_of(trainer))
+
+    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, steps: bool) -> Collection[str]:
+        """Those of a batch that the schedule makes due."""
+        return self._batch_hooks if steps and self.step_due(trainer, step) else ()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shows the filters after a due epoch."""

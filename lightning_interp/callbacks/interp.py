@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -182,10 +181,13 @@ class Interp(Family):
         if stage == "fit" and self._budget is not None:
             self._budget.begin()
 
-    def pass_on(self, hook: str, *args: Any, **kwargs: Any) -> None:
-        """Calls a hook of the children; within the budget, if there is one."""
-        with contextlib.nullcontext() if self._budget is None else self._budget.around(hook, args[0]):
-            super().pass_on(hook, *args, **kwargs)
+    def pass_on(self, children: Sequence[InterpCallback], hook: str, *args: Any, **kwargs: Any) -> None:
+        """Calls a hook of these children; within the budget, if there is one."""
+        if self._budget is None:
+            super().pass_on(children, hook, *args, **kwargs)
+            return
+        with self._budget.around(hook, args[0]):
+            super().pass_on(children, hook, *args, **kwargs)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the share of the training time."""

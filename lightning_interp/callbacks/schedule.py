@@ -38,6 +38,10 @@ class Schedule:
         """Whether the end of this epoch (from 0) is due."""
         return self.every_n_epochs is not None and (epoch == 0 or (epoch + 1) % self.every_n_epochs == 0)
 
+    def may_be_due(self, step: int) -> bool:
+        """Whether the end of this step can be due, be the epoch endless or not."""
+        return (step + 1) % (self.every_n_train_steps or FALLBACK_STEPS) == 0
+
     def step_due(self, step: int, *, endless: bool) -> bool:
         """Whether the end of this step (from 0) is due.
 

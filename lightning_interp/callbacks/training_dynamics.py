@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 # Values are fetched from the device so often, in steps: early, where rules must be quick, and later.
 _FETCH_EARLY, _FETCH_LATE = 10, 50
+_OF_EACH_BATCH = ("on_train_batch_end",)
 # Most values that wait, whatever the number of micro-batches in a step.
 _MOST_WAITING = 512
 
@@ -159,12 +160,18 @@ class TrainingDynamics(InterpCallback):
 
     # ------------------------------------------------------------------ one batch
 
+    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, steps: bool) -> Collection[str]:
+        """Those of a batch that is probed; of all others the loss, at their end."""
+        return self._batch_hooks if self._prober.busy or self._probes(trainer, step) else _OF_EACH_BATCH
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Arms the probes on batches that are due and end in an optimizer step."""
-        step = self.step_of(trainer)
+        self._prober.start(trainer, pl_module, due=self._probes(trainer, self.step_of(trainer)))
+
+    def _probes(self, trainer: Trainer, step: int) -> bool:
         early = step < max(1, self.dense_steps)
         early = early or thinning_due(step, dense=self.dense_steps, every=self.schedule.every_n_train_steps)
-        self._prober.start(trainer, pl_module, due=early or self.step_due(trainer, step))
+        return early or self.step_due(trainer, step)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """The forward is over."""

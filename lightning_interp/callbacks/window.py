@@ -12,7 +12,7 @@ from lightning_interp.callbacks import _ranks
 from lightning_interp.callbacks.observer import Observer
 from lightning_interp.functional.dead import MeanMagnitude, dormancy_scores
 from lightning_interp.functional.liveness import Liveness
-from lightning_interp.functional.ops import OWNERS
+from lightning_interp.functional.ops import EXACT_ZERO, OWNERS
 from lightning_interp.functional.tracing import End, Unit
 
 Units = dict[str, Unit]
@@ -80,8 +80,13 @@ class Window:
 
     def _read(self, end: End) -> None:
         self._liveness.read(end)
-        if end.activation is not None and not _is_zero_kind(end):
+        if end.activation is not None and end.activation not in EXACT_ZERO:
             self._magnitude.read(end)
+
+    @property
+    def reading(self) -> bool:
+        """Whether it is open on a batch."""
+        return self._observer is not None
 
     def stop_reading(self) -> None:
         """Takes the reader off the model.
@@ -163,9 +168,3 @@ class Window:
 def _is_graded(unit: Unit) -> bool:
     """Whether dormancy is worth a look: a non-linearity follows, and it has no exact zero."""
     return bool(unit.activations) and not unit.exact_zero
-
-
-def _is_zero_kind(end: End) -> bool:
-    from lightning_interp.functional.ops import EXACT_ZERO
-
-    return end.activation in EXACT_ZERO

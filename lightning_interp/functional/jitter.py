@@ -17,7 +17,8 @@ def jittered(images: Tensor, generator: torch.Generator) -> Tensor:
     """Shifted by up to 7 % of the side, scaled by 0.9 to 1.1, rotated by up to 10 degrees.
 
     All images alike. Bilinear; what comes in from outside is mirrored. The draws are made on the CPU: the same ones on
-    every device.
+    every device. Differentiable, and where torch is told to be deterministic, deterministic: on a GPU the gradient of
+    `grid_sample` is not, so that then all of it is done on the CPU.
 
     Args:
         images: (N, C, H, W), floating point.
@@ -31,7 +32,10 @@ def jittered(images: Tensor, generator: torch.Generator) -> Tensor:
     shifts = [2 * SHIFT * float(draw) for draw in draws[2:]]
     cosine, sine, aspect = math.cos(angle) / scale, math.sin(angle) / scale, height / width
     theta = torch.tensor([[cosine, -sine * aspect, shifts[0]], [sine / aspect, cosine, shifts[1]]])
-    grid = F.affine_grid(theta.to(images)[None], [1, *images.shape[1:]], align_corners=False)
-    return F.grid_sample(
-        images, grid.expand(len(images), -1, -1, -1), mode="bilinear", padding_mode="reflection", align_corners=False
+    deterministic = images.requires_grad and torch.are_deterministic_algorithms_enabled()
+    there = images.cpu() if deterministic else images
+    grid = F.affine_grid(theta.to(there)[None], [1, *images.shape[1:]], align_corners=False)
+    moved = F.grid_sample(
+        there, grid.expand(len(images), -1, -1, -1), mode="bilinear", padding_mode="reflection", align_corners=False
     )
+    return moved.to(images.device)

@@ -6,13 +6,13 @@ then on only the *suspects* are read, and a layer without suspects is not read a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from lightning_interp.functional import ops
 from lightning_interp.functional.tracing import End
+
+_FEW = 8  # one in so many samples is read first
 
 
 def fired(channels: Tensor, activation: str | None) -> Tensor:
@@ -40,26 +40,110 @@ def fired(channels: Tensor, activation: str | None) -> Tensor:
 def _extreme(channels: Tensor, *, largest: bool) -> Tensor:
     """(P, C, Q) -> (C,). The inner axis first: that reads memory in order, three times as fast on a CPU."""
     reduce = torch.amax if largest else torch.amin
-    if channels.shape[2] > 1:
-        channels = reduce(channels, dim=2)
-    return reduce(channels.reshape(channels.shape[0], -1), dim=0)
+    return reduce(reduce(channels, dim=2) if channels.shape[2] > 1 else channels[:, :, 0], dim=0)
 
 
-@dataclass
+def _fired_soon(channels: Tensor, activation: str | None) -> Tensor:
+    """As `fired`, behind an exact zero and on a CPU: the first few samples prove nearly all filters alive."""
+    few = channels.shape[0] // _FEW
+    alive = fired(channels[:few], activation)
+    suspects = (~alive).nonzero().flatten()
+    if suspects.numel():
+        alive.index_copy_(0, suspects, fired(channels[few:].index_select(1, suspects), activation))
+    return alive
+
+
 class _Watch:
     """Evidence about one unit in the current window.
 
     Attributes:
-        alive: (C,) bool, on the device of the activations.
+        alive: (C,) bool, on the device of the activations; what `evidence` adds may be missing.
         suspects: Indices of the channels to read, on the device; None reads all.
-        num_suspects: Their number, as the host knows it.
+        evidence: (S,) bool, on the device: which of the suspects have fired since they are read; None if nothing is
+            known of them.
+        num_suspects: Their number, as the host knows it; -1 if it knows nothing.
         forwards: Forwards that could tell life from death.
     """
 
-    alive: Tensor
-    suspects: Tensor | None = None
-    num_suspects: int = -1
-    forwards: int = 0
+    def __init__(self, alive: Tensor, forwards: int = 0) -> None:
+        self.alive = alive
+        self.forwards = forwards
+        self.num_suspects = -1
+        self.evidence: Tensor | None = None
+        self.suspects: Tensor | None = None
+        self._listed: Tensor | None = None  # the suspects, on the CPU
+
+    def read(self, channels: Tensor, activation: str | None) -> None:
+        """Takes note of (P, C, Q), without a wait for the device."""
+        if self.suspects is not None:
+            now = fired(channels.index_select(1, self.suspects), activation)
+            self.evidence = now if self.evidence is None else self.evidence.logical_or_(now)
+            return
+        soon = activation in ops.EXACT_ZERO and not channels.is_cuda and channels.shape[0] >= 2 * _FEW
+        now = _fired_soon(channels, activation) if soon else fired(channels, activation)
+        self.alive = self.alive.logical_or_(now) if self.forwards > 1 else now
+
+    def merge(self) -> None:
+        """Brings `alive` up to date."""
+        if self.evidence is not None and self.suspects is not None:
+            self.alive.index_copy_(0, self.suspects, self.evidence)
+
+    def narrow(self, seen: Tensor) -> None:
+        """Drops suspects.
+
+        Args:
+            seen: On the CPU; which of the suspects, or of all channels where all are read, have fired.
+        """
+        left = (~seen).nonzero().flatten()
+        if left.numel() == self.num_suspects:
+            return
+        self.merge()
+        self.num_suspects = left.numel()
+        left = left if self._listed is None else self._listed[left]
+        # Reading half of the channels by index costs as much as reading all of them.
+        self._listed = left if left.numel() * 2 <= self.alive.numel() else None
+        self.suspects = None if self._listed is None else self._listed.to(self.alive.device, non_blocking=True)
+        self.evidence = None
+
+    def forget_suspects(self) -> None:
+        """Reads all channels again."""
+        self.merge()
+        self.num_suspects, self.suspects, self.evidence, self._listed = -1, None, None, None
+
+
+class _Report:
+    """What is known of all suspects at one moment, on its way to the host.
+
+    On a GPU it arrives some batches later, without a wait. A stale report only leaves suspects too many, so the result
+    stays exact.
+    """
+
+    def __init__(self, watches: list[_Watch]) -> None:
+        parts = [watch.alive if watch.suspects is None else watch.evidence for watch in watches]
+        known = [(watch, part) for watch, part in zip(watches, parts, strict=True) if part is not None]
+        self._about = [(watch, watch.suspects, part.numel()) for watch, part in known]
+        self._flat = torch.cat([part for _, part in known]) if known else torch.empty(0, dtype=torch.bool)
+        self._event: torch.cuda.Event | None = None
+        if self._flat.is_cuda:
+            pinned = torch.empty(self._flat.shape, dtype=torch.bool, pin_memory=True)
+            pinned.copy_(self._flat, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+            self._flat = pinned
+
+    @property
+    def arrived(self) -> bool:
+        """Whether it can be read without a wait."""
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def read(self) -> None:
+        """Narrows those whose suspects are still the same."""
+        if all(suspects is not None for _, suspects, _ in self._about) and not bool(self._flat.any()):
+            return  # as on most batches: the dead are still dead
+        sizes = [count for _, _, count in self._about]
+        for (watch, suspects, count), seen in zip(self._about, torch.split(self._flat, sizes), strict=True):
+            if watch.suspects is suspects and watch.num_suspects != count - int(seen.count_nonzero()):
+                watch.narrow(seen)
 
 
 class Liveness:
@@ -71,68 +155,37 @@ class Liveness:
 
     def __init__(self) -> None:
         self._watches: dict[str, _Watch] = {}
-        self._copies: tuple[Tensor, torch.cuda.Event, list[str]] | None = None
+        self._report: _Report | None = None
 
     def read(self, end: End) -> None:
         """Takes note of one activation."""
+        tensor, size = end.tensor, end.layout.size
         watch = self._watches.get(end.unit)
-        if watch is None or watch.alive.numel() != end.layout.size:  # new, or replaced by the user in mid-window
-            alive = torch.zeros(end.layout.size, dtype=torch.bool, device=end.tensor.device)
+        if watch is None or watch.alive.numel() != size:  # new, or replaced by the user in mid-window
+            alive = torch.zeros(size, dtype=torch.bool, device=tensor.device)
             watch = self._watches[end.unit] = _Watch(alive)
         if watch.num_suspects == 0:
             watch.forwards += 1
             return
-        if watch.alive.device != end.tensor.device:  # evidence from before a resume lies on the CPU
-            watch.alive = watch.alive.to(end.tensor.device)
-            watch.suspects = None if watch.suspects is None else watch.suspects.to(end.tensor.device)
-        channels = end.layout.channels_first(end.tensor)
+        if watch.alive.device != tensor.device:  # evidence from before a resume lies on the CPU
+            watch.forget_suspects()
+            watch.alive = watch.alive.to(tensor.device)
+        channels = end.layout.channels_first(tensor)
         if end.activation not in ops.EXACT_ZERO and channels.shape[0] * channels.shape[2] < 2:
             return  # a single value per channel is constant whatever the filter does
         watch.forwards += 1
-        if watch.suspects is None:
-            watch.alive |= fired(channels, end.activation)
-        else:
-            watch.alive[watch.suspects] |= fired(channels.index_select(1, watch.suspects), end.activation)
+        watch.read(channels, end.activation)
 
     def narrow(self) -> None:
-        """Drops proven filters from the list of suspects. On a GPU the list arrives some batches later, without a wait.
-
-        A stale list only holds suspects too many, so the result stays exact.
-        """
-        if not self._watches:
-            return
-        devices = {watch.alive.device for watch in self._watches.values()}
-        if len(devices) > 1:
-            return  # not all layers have been read since a resume
-        first = next(iter(self._watches.values())).alive
-        if not first.is_cuda:
-            self._set_suspects(list(self._watches), torch.cat([watch.alive for watch in self._watches.values()]))
-            return
-        if self._copies is None:
-            flat = torch.cat([watch.alive for watch in self._watches.values()])
-            pinned = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
-            pinned.copy_(flat, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-            self._copies = pinned, event, list(self._watches)
-        elif self._copies[1].query():  # type: ignore[no-untyped-call]
-            pinned, _, names = self._copies
-            self._copies = None
-            self._set_suspects(names, pinned)
-
-    def _set_suspects(self, names: list[str], alive: Tensor) -> None:
-        start = 0
-        for name in names:
-            watch = self._watches[name]
-            count = watch.alive.numel()
-            suspects = (~alive[start : start + count]).nonzero().flatten()
-            start += count
-            if suspects.numel() == watch.num_suspects:
-                continue
-            watch.num_suspects = suspects.numel()
-            # Reading half of the channels by index costs as much as reading all of them.
-            few = suspects.numel() * 2 <= count
-            watch.suspects = suspects.to(watch.alive.device, non_blocking=True) if few else None
+        """Drops proven filters from the list of suspects. On a GPU the list arrives some batches later."""
+        if self._report is None:
+            doubtful = [watch for watch in self._watches.values() if watch.num_suspects != 0]
+            if len({watch.alive.device for watch in doubtful}) != 1:
+                return  # nothing is doubtful, or not all layers have been read since a resume
+            self._report = _Report(doubtful)
+        if self._report.arrived:
+            report, self._report = self._report, None
+            report.read()
 
     def suspects(self) -> set[str]:
         """Units that may still hold dead filters, as far as the host knows."""
@@ -144,6 +197,8 @@ class Liveness:
 
     def alive(self) -> dict[str, Tensor]:
         """Unit to (C,) bool on the CPU: True where life was seen. Units that no forward could judge are left out."""
+        for watch in self._watches.values():
+            watch.merge()
         return {name: watch.alive.cpu() for name, watch in self._watches.items() if watch.forwards}
 
     def dead(self) -> dict[str, Tensor]:
@@ -157,9 +212,9 @@ class Liveness:
             if watch is None:
                 self._watches[name] = _Watch(mask.clone(), forwards=1)
             else:
+                watch.forget_suspects()
                 watch.alive |= mask.to(watch.alive.device)
                 watch.forwards += 1
-                watch.num_suspects = -1
 
     def __len__(self) -> int:
         return len(self._watches)

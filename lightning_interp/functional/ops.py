@@ -6,6 +6,7 @@ Every spelling of an operation (`F.relu`, `torch.relu`, `x.relu()`, `x.relu_()`,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,6 +52,10 @@ PRODUCTS = frozenset({"mul", "rmul", "imul", "div", "truediv", "itruediv", "mult
 CONCATENATIONS = frozenset({"cat", "concat", "concatenate"})
 
 
+COMBINATIONS = SUMS | PRODUCTS
+
+
+@functools.lru_cache(maxsize=2048)
 def base_name(func: Any) -> str:
     """Name of an operation without the marks of its spelling.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +47,17 @@ class StrandBook:
         """The strands of a tensor, none if it is not followed."""
         entry = self._strands.get(id(tensor))
         return entry[1] if entry is not None and entry[0]() is tensor else ()
+
+    def among(self, args: tuple[Any, ...]) -> list[Tensor]:
+        """Those of an argument list, one level of lists deep, that are followed."""
+        found = []
+        for value in args:
+            if isinstance(value, Tensor):
+                if self.of(value):
+                    found.append(value)
+            elif isinstance(value, list | tuple):
+                found += [each for each in tensors_in(value) if self.of(each)]
+        return found
 
     def put(self, tensor: Tensor, strands: Strands) -> None:
         """Follows a tensor from now on."""
@@ -107,3 +120,15 @@ class StrandBook:
             self._ended.add(strand.call)
             with torch.no_grad():
                 self._reader(End(strand.unit, activation, tensor.detach(), strand.layout))
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in an argument list, one level of lists deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            if isinstance(item, Tensor):
+                yield item
+            elif isinstance(item, list | tuple):
+                yield from (tensor for tensor in item if isinstance(tensor, Tensor))

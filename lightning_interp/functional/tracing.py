@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_interp.functional import ops
 from lightning_interp.functional.hooks import ATTENTION, QuietHook, enter_mode, function_stack, in_backward, leave_mode
 from lightning_interp.functional.layout import Layout, mover
-from lightning_interp.functional.strands import StrandBook
+from lightning_interp.functional.strands import StrandBook, tensors_in
 from lightning_interp.functional.undisturbed import nesting
 from lightning_interp.functional.units import End, Reader, Strand, Unit, sum_unit
 
@@ -112,7 +112,7 @@ class ActivationTracer(TorchFunctionMode):
         """In eval mode everything goes, until the next layer outside: the fast path must find nothing of ours."""
         if not module.training:
             if self._listening and self._concerned():
-                self._guard(lambda: self._book.end(*_tensors(args)))
+                self._guard(lambda: self._book.end(*tensors_in(args)))
             self._unhook(module.modules())
             leave_mode(self)
             self._listening = False
@@ -125,7 +125,7 @@ class ActivationTracer(TorchFunctionMode):
             self._listening = True
         self._inside += 1
         if self._inside == 1 and not self.error and self._concerned():
-            self._guard(lambda: self._book.end(*_tensors(args)))
+            self._guard(lambda: self._book.end(*tensors_in(args)))
 
     def _leave_layer(self, name: str, training: bool, module: nn.Module, args: Any, output: Any) -> None:
         self._inside -= 1
@@ -159,7 +159,7 @@ class ActivationTracer(TorchFunctionMode):
         name = ops.base_name(func)
         if name in ops.OVERHEARD or not self._concerned():
             return func(*args, **kwargs)
-        followed = [tensor for tensor in _tensors(args) if self._book.of(tensor)]
+        followed = self._book.among(args)
         if not followed:
             return func(*args, **kwargs)
         in_place = ops.writes(func, kwargs)
@@ -181,7 +181,7 @@ class ActivationTracer(TorchFunctionMode):
         if name in ops.CONCATENATIONS and (joined := self._concatenate(args, kwargs)) is not None:
             self._book.read(*followed)
             return lambda result: joined
-        combines = name in ops.SUMS | ops.PRODUCTS and not self._is_constant(name, args, first)
+        combines = name in ops.COMBINATIONS and not self._is_constant(name, args, first)
         moved = None if combines else mover(name, tuple(first.shape), args[1:], kwargs)
         if moved is not None:
             return lambda result: self._move(first, moved, result)
@@ -223,7 +223,7 @@ class ActivationTracer(TorchFunctionMode):
         self._book.postpone(followed)
 
     def _after(self, plan: Callable[[Tensor], tuple[Strand, ...]], result: Any) -> None:
-        tensor = next(_tensors(result), None)
+        tensor = next(tensors_in(result), None)
         if tensor is None:
             return
         strands = plan(tensor)
@@ -298,15 +298,3 @@ class ActivationTracer(TorchFunctionMode):
             return None
         finally:
             self.seconds += time.perf_counter() - started
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in an argument list, one level of lists deep."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            if isinstance(item, Tensor):
-                yield item
-            elif isinstance(item, list | tuple):
-                yield from (tensor for tensor in item if isinstance(tensor, Tensor))

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
+from pytorch_lightning.trainer.states import TrainerFn, TrainerState
 
 from lightning_interp.callbacks._family import Family, with_children
-from lightning_interp.callbacks._guarding import HOOKS
+from lightning_interp.callbacks._guarding import HOOKS, IN_BATCH
 from lightning_interp.callbacks.base import InterpCallback
 from lightning_interp.errors import AlertRaised, InterpWarning
 
@@ -16,7 +17,8 @@ from lightning_interp.errors import AlertRaised, InterpWarning
 class TrainerStub:
     """As much of a Trainer as the guard looks at."""
 
-    state = SimpleNamespace(fn="fit")
+    state = TrainerState(fn=TrainerFn.FITTING)
+    fit_loop = SimpleNamespace(_should_accumulate=lambda: False, epoch_loop=SimpleNamespace(_batches_that_stepped=7))
     sanity_checking = False
     is_global_zero = True
     world_size = 1
@@ -80,6 +82,74 @@ def test_each_hook_reaches_each_child_once(hook):
     arguments = tuple(list(inspect.signature(getattr(pl.Callback, hook)).parameters)[2:])
     getattr(family(*children), hook)(TRAINER, *arguments)
     assert [[call for call in child.calls if call != "parent"] for child in children] == [[(hook, arguments)]] * 2
+
+
+class Picky(Noting):
+    """Needs the hooks that it is told to."""
+
+    needs = ()
+
+    def batch_hooks(self, trainer, batch_idx, step, *, steps):
+        self.calls.append((batch_idx, step, steps))
+        if self.needs is None:
+            raise RuntimeError("no answer")
+        return self.needs
+
+
+def _a_batch(parent):
+    parent.on_train_batch_start(TRAINER, "module", "batch", 3)
+    for hook in ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step"):
+        getattr(parent, hook)(TRAINER, "module")
+    parent.on_train_batch_end(TRAINER, "module", "outputs", "batch", 3)
+
+
+def _names(child):
+    return [call[0] for call in child.calls if isinstance(call[0], str)]
+
+
+def test_in_a_batch_a_child_gets_the_hooks_that_it_needs():
+    none, some, every = Picky("none"), Picky("some"), Noting("every")
+    some.needs = ("on_after_backward", "on_train_batch_end")
+    _a_batch(family(none, some, every))
+    assert none.calls == [(3, 7, True)]
+    assert _names(some) == ["on_after_backward", "on_train_batch_end"]
+    assert set(_names(every)) == IN_BATCH
+
+
+def test_the_children_are_asked_anew_for_each_batch_and_each_fit():
+    child = Picky()
+    parent = family(child)
+    _a_batch(parent)
+    child.needs = IN_BATCH
+    _a_batch(parent)
+    assert set(_names(child)) == IN_BATCH
+    child.needs = ()
+    _a_batch(parent)
+    assert len(_names(child)) == len(IN_BATCH)
+
+
+def test_a_child_that_gives_no_answer_gets_all():
+    child = Picky()
+    child.needs = None
+    _a_batch(family(child))
+    assert set(_names(child)) == IN_BATCH
+
+
+def test_a_family_in_a_family_passes_on_what_its_children_need():
+    inner_child = Picky()
+    inner_child.needs = ("on_before_backward",)
+    _a_batch(family(family(inner_child)))
+    assert _names(inner_child) == ["on_before_backward"]
+
+
+def test_a_class_with_hooks_of_its_own_needs_them_whatever_its_parent_says():
+    class Heir(Picky):
+        def on_after_backward(self, trainer, pl_module):
+            self.calls.append(("heir", ()))
+
+    child = Heir()
+    _a_batch(family(child))
+    assert "heir" in _names(child)
 
 
 def test_the_family_goes_first_in_setup_and_last_elsewhere():

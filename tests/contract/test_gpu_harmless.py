@@ -92,8 +92,11 @@ class Unhurried(pl.LightningModule):
             nn.Dropout(0.2), nn.Flatten(), nn.Linear(216, 8), nn.ReLU(), nn.Linear(8, CLASSES),
         )  # fmt: skip
 
+    def forward(self, images):
+        return self.net(images)
+
     def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self.net(batch[0]), batch[1])
+        return F.cross_entropy(self(batch[0]), batch[1])
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
