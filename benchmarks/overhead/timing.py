@@ -26,19 +26,13 @@ def _synchronised() -> float:
 
 
 class Stopwatch:
-    """Time spent inside the functions that it wraps; of nested ones only the outermost counts.
+    """Processor time spent inside the functions that it wraps; of nested ones only the outermost counts."""
 
-    On a GPU it is the time that passes there between the first and the last kernel of each call.
-    """
-
-    def __init__(self, device: str = "cpu") -> None:
-        self._cuda = device != "cpu"
+    def __init__(self) -> None:
         self._depth = 0
         self._seconds = 0.0
-        self._events: list[tuple[Any, Any]] = []
         self._bias = 0.0
-        if not self._cuda:
-            self._bias = self._calibrate()
+        self._bias = self._calibrate()
 
     def _calibrate(self) -> float:
         """What the clock itself takes of each call, in seconds."""
@@ -55,35 +49,17 @@ class Stopwatch:
             if self._depth:
                 return function(*args, **kwargs)
             self._depth += 1
-            started = self._mark()
+            started = time.process_time()
             try:
                 return function(*args, **kwargs)
             finally:
-                self._count(started)
+                self._seconds += time.process_time() - started - self._bias
                 self._depth -= 1
 
         return timed
 
-    def _mark(self) -> Any:
-        if not self._cuda:
-            return time.process_time()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-    def _count(self, started: Any) -> None:
-        ended = self._mark()
-        if self._cuda:
-            self._events.append((started, ended))
-        else:
-            self._seconds += ended - started - self._bias
-
     def take(self) -> float:
-        """Seconds since this was last asked; waits for a GPU."""
-        if self._events:
-            torch.cuda.synchronize()
-            self._seconds += sum(start.elapsed_time(end) for start, end in self._events) / 1e3
-            self._events.clear()
+        """Seconds since this was last asked."""
         seconds, self._seconds = max(0.0, self._seconds), 0.0
         return seconds
 

@@ -98,8 +98,10 @@ class Picky(Noting):
 
 def _a_batch(parent):
     parent.on_train_batch_start(TRAINER, "module", "batch", 3)
-    for hook in ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step"):
-        getattr(parent, hook)(TRAINER, "module")
+    parent.on_before_zero_grad(TRAINER, "module", "optimizer")
+    parent.on_before_backward(TRAINER, "module", "loss")
+    parent.on_after_backward(TRAINER, "module")
+    parent.on_before_optimizer_step(TRAINER, "module", "optimizer")
     parent.on_train_batch_end(TRAINER, "module", "outputs", "batch", 3)
 
 
