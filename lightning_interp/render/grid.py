@@ -6,6 +6,7 @@ one pixel, and the gaps are as thin as they can be.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -68,6 +69,7 @@ def tile(
     return canvas
 
 
+@functools.lru_cache(maxsize=1024)
 def square_columns(count: int, height: int, width: int) -> int:
     """Columns with which `count` tiles of that size make a picture that is as near to a square as can be.
 
