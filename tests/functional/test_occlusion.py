@@ -151,6 +151,40 @@ def test_batches_bound_the_memory_and_give_the_same():
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+class Viewing(nn.Module):
+    """Calls `view` on what a convolution returns, which fails with the channels last."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head = nn.Conv2d(2, 4, 3), nn.Linear(4 * 6 * 6, 3)
+        self.layouts = []
+
+    def forward(self, x):
+        self.layouts.append(x.is_contiguous(memory_format=torch.channels_last))
+        out = self.conv(x).relu()
+        return self.head(out.view(len(out), -1))
+
+
+def test_a_model_that_views_gets_images_that_it_can_view():
+    images, targets = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 2])
+    model = Viewing()
+    found = occlusion_map(model, images, targets, window=2, batch_size=64)
+    assert model.layouts == [False, True, False, False]  # the images themselves; a try; the 98 that are covered
+    torch.testing.assert_close(found, occlusion_map(model, images, targets, window=2, batch_size=8))
+
+
+def test_large_batches_come_with_the_channels_last():
+    layouts = []
+    model = spelled()
+    model.register_forward_pre_hook(
+        lambda module, args: layouts.append(args[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    images, targets = samples(3)
+    occlusion_map(model, images, targets, window=4, batch_size=50)
+    assert layouts == [False, True, False]  # 3, 50 and 10 images
+
+
 def test_cost_is_one_forward_a_window_and_one_for_the_image():
     """Windows of 4 x 4 with stride 2 on 9 x 12: 4 x 5 positions; progress is told after each forward."""
     counting, told = Counting(spelled()), []
