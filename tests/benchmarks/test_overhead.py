@@ -381,7 +381,7 @@ def test_fit_without_the_callbacks_is_shorter_and_its_time_is_scaled_up(monkeypa
         return SimpleNamespace(seconds=[12.0, 60.0], before=[2.0, 3.0])
 
     monkeypatch.setattr(fits, "run_in_turns", run)
-    monkeypatch.setattr(fits, "_reported", lambda folder, interp: {})
+    monkeypatch.setattr(fits, "reported", lambda folder, interp: {})
     cost = fits.measure(TINY, epochs=5, steps=1)
     assert (cost.plain, cost.watched) == (52.0, 60.0)
 
@@ -402,10 +402,10 @@ def test_shares_of_a_fit_are_of_the_time_without_the_callbacks():
 def test_fit_whose_callback_rests_or_wrote_nothing_is_caught(tmp_path):
     interp = Interp()
     with pytest.raises(NothingMeasuredError, match=r"interp\.cost"):
-        fits._reported(tmp_path, interp)
+        fits.reported(tmp_path, interp)
     interp.children[0].resting = True
     with pytest.raises(NothingMeasuredError, match="rests"):
-        fits._reported(tmp_path, interp)
+        fits.reported(tmp_path, interp)
 
 
 # ---------------------------------------------------------------------- tools

@@ -547,6 +547,7 @@ def test_without_an_order_nothing_is_collected(size):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_on_a_gpu_the_host_never_waits():
     """Any synchronisation is an error there; the sums are those on the CPU, also with deterministic algorithms."""
     since = {name: Since.empty(50, torch.device(name)) for name in ("cpu", "cuda")}

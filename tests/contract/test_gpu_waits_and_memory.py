@@ -15,6 +15,7 @@ from tests.contract.nets import pl, quiet_trainer
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
 ]
 STEPS, BATCH, SIDE = 140, 256, 32
 QUIET = range(122, 137)  # steps between two probes, two samples and two looks, see test_idle_steps.py
