@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks.overhead.watch import Watch, finite, load, require
+
+_KINDS = ("gradients", "parameters")  # of what wandb logs of each weight
 
 
 class FiredCounts(Watch):
@@ -90,9 +93,10 @@ class WandbWatch(Watch):
         self.close()
         logs = [path.read_bytes() for path in self._folder.rglob("offline-run-*/*.wandb")]
         require(logs, self.name)
-        if self.due:
-            for kind in ("gradients", "parameters"):
-                require(all(any(f"{kind}/{name}".encode() in log for log in logs) for name in self._logged), self.name)
+        for name in self._logged if self.due else ():
+            # The second model that is watched in a process, and all later ones, are logged as `graph_<n>`.
+            keys = [re.compile(rf"{kind}/(graph_\d+)?{re.escape(name)}".encode()) for kind in _KINDS]
+            require(all(any(key.search(log) for log in logs) for key in keys), self.name)
 
     def close(self) -> None:
         """Twice does no harm."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from lightning_interp.callbacks._guarding import CLEANING, HOOKS, IN_BATCH
-from lightning_interp.callbacks._lightning import CallbackBase, LightningModule, Trainer, axis_step, fits
+from lightning_interp.callbacks._lightning import CallbackBase, LightningModule, Trainer, accumulates, axis_step, fits
 from lightning_interp.callbacks.base import InterpCallback, OnError
 
 # The family goes first: it makes its children in `setup`, and puts the restored history in place before they write.
@@ -104,7 +104,7 @@ class Family(InterpCallback):
         """A batch begins. On most of them nothing is due, and then none of six hooks of each child is called."""
         if fits(trainer):
             started = self.clock()
-            self.batch_hooks(trainer, batch_idx, axis_step(trainer), steps=not trainer.fit_loop._should_accumulate())
+            self.batch_hooks(trainer, batch_idx, axis_step(trainer), steps=not accumulates(trainer))
             self.seconds += self.clock() - started
 
     def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, steps: bool) -> Collection[str]:

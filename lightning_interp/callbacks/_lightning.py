@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_interp.sinks import is_tensorboard
 
-__all__ = ["CallbackBase", "LightningModule", "Trainer", "axis_step", "fits", "log_directory", "planned_steps"]
+__all__ = [
+    "CallbackBase", "LightningModule", "Trainer", "accumulates", "axis_step", "fits", "log_directory", "planned_steps",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as CallbackBase
@@ -40,6 +42,11 @@ def axis_step(trainer: Any) -> int:
     """
     steps = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
     return int(trainer.global_step if steps is None else steps)
+
+
+def accumulates(trainer: Any) -> bool:
+    """Whether the current batch ends without an optimizer step; the same on all ranks."""
+    return trainer.accumulate_grad_batches != 1 and bool(trainer.fit_loop._should_accumulate())
 
 
 def planned_steps(trainer: Any) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_interp.callbacks._backlog import Backlog
-from lightning_interp.callbacks._lightning import axis_step
+from lightning_interp.callbacks._lightning import accumulates, axis_step
 from lightning_interp.callbacks._probe import SameBatchProbe, can_probe, image_statistics
 from lightning_interp.callbacks._ranks import is_sharded
 from lightning_interp.callbacks._updates import UpdateProbe, largest_rate
@@ -143,11 +143,6 @@ class Prober:
         probe, self._same_batch, self._updates = self._same_batch, None, None
         if probe is not None:
             probe.detach()
-
-
-def accumulates(trainer: Any) -> bool:
-    """Whether the current batch ends without an optimizer step; the same on all ranks."""
-    return bool(trainer.fit_loop._should_accumulate())
 
 
 def single_loss(outputs: Any) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_interp._options import check_bool, check_numbers, check_positive_int, select, spread
 from lightning_interp.callbacks import _ranks
-from lightning_interp.callbacks._lightning import LightningModule, Trainer
+from lightning_interp.callbacks._lightning import LightningModule, Trainer, accumulates
 from lightning_interp.callbacks.base import InterpCallback, OnError
 from lightning_interp.callbacks.batches import NoScoresError, UnreadableError
 from lightning_interp.callbacks.fallback import hidden_layers, named
@@ -156,7 +156,7 @@ class ActivationSparsity(InterpCallback):
         observer, self._observer = self._observer, None
         if observer is not None:
             observer.close_reader(self._read)
-        if trainer.fit_loop._should_accumulate():
+        if accumulates(trainer):
             return  # the batches of one step make one point
         step = self.step_of(trainer)
         due = self.step_due(trainer, step)
@@ -182,7 +182,7 @@ class ActivationSparsity(InterpCallback):
 
     def meets(self, hook: str, trainer: Trainer) -> bool:
         """Where it reports."""
-        if hook == "on_train_batch_end" and not trainer.fit_loop._should_accumulate():
+        if hook == "on_train_batch_end" and not accumulates(trainer):
             step = self.step_of(trainer)
             return step == 0 or self.step_due(trainer, step)
         return hook == "on_train_epoch_end" and self.schedule.epoch_due(trainer.current_epoch)

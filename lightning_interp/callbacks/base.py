@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_interp._options import check_choice, check_positive_int, check_strings, expected, select, spread
 from lightning_interp.callbacks import _ranks
 from lightning_interp.callbacks._guarding import HOOKS, IN_BATCH, STATE, guarded, guarded_state
-from lightning_interp.callbacks._lightning import CallbackBase, LightningModule, Trainer, axis_step
+from lightning_interp.callbacks._lightning import CallbackBase, LightningModule, Trainer, accumulates, axis_step
 from lightning_interp.callbacks.batches import UnreadableError
 from lightning_interp.callbacks.schedule import Schedule
 from lightning_interp.callbacks.session import Session
@@ -242,7 +242,7 @@ class InterpCallback(CallbackBase):
     def scheduled(self, hook: str, trainer: Trainer) -> bool:
         """Whether the schedule makes this hook due; the same on all ranks."""
         if hook == "on_train_batch_end":
-            return not trainer.fit_loop._should_accumulate() and self.step_due(trainer, self.step_of(trainer))
+            return not accumulates(trainer) and self.step_due(trainer, self.step_of(trainer))
         return hook == "on_train_epoch_end" and self.schedule.epoch_due(trainer.current_epoch)
 
     def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, steps: bool) -> Collection[str]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from lightning_interp._options import check_choice, check_number, check_positive_int, select
-from lightning_interp.callbacks._lightning import LightningModule, Trainer
+from lightning_interp.callbacks._lightning import LightningModule, Trainer, accumulates
 from lightning_interp.callbacks.base import InterpCallback, OnError
 from lightning_interp.callbacks.fallback import EagerPass, hidden_layers, named
 from lightning_interp.callbacks.schedule import FALLBACK_STEPS
@@ -222,7 +222,7 @@ class DeadFilters(InterpCallback):
 
     def _train_window_ends(self, trainer: Trainer) -> bool:
         """The same on all ranks: it depends on the trainer's counters only."""
-        if trainer.fit_loop._should_accumulate():
+        if accumulates(trainer):
             return False
         # With the last batch, not at the end of the epoch: Lightning takes checkpoints in between, and after a resume
         # from one of them that end never comes.

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_interp._options import check_at_least
 from lightning_interp.callbacks._backlog import Backlog, Item
-from lightning_interp.callbacks._lightning import LightningModule, Trainer, planned_steps
-from lightning_interp.callbacks._prober import Prober, accumulates, single_loss
+from lightning_interp.callbacks._lightning import LightningModule, Trainer, accumulates, planned_steps
+from lightning_interp.callbacks._prober import Prober, single_loss
 from lightning_interp.callbacks._ranks import is_sharded
 from lightning_interp.callbacks._readings import Movement, agree, movement, same_batch
 from lightning_interp.callbacks._updates import parameter_layers

@@ -18,7 +18,8 @@ class TrainerStub:
     """As much of a Trainer as the guard looks at."""
 
     state = TrainerState(fn=TrainerFn.FITTING)
-    fit_loop = SimpleNamespace(_should_accumulate=lambda: False, epoch_loop=SimpleNamespace(_batches_that_stepped=7))
+    accumulate_grad_batches = 1
+    fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=7))
     sanity_checking = False
     is_global_zero = True
     world_size = 1
