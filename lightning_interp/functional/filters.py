@@ -171,7 +171,7 @@ def _smoothness(kernels: Tensor) -> Tensor:
     """Mean of r over the kernels, without waiting for the device."""
     size = kernels[0].numel()
     flat = kernels.flatten(1)
-    largest = flat.abs().amax(dim=1)
+    largest = torch.maximum(flat.amax(dim=1), -flat.amin(dim=1))  # without a copy of the weights
     centred = (flat - flat.mean(dim=1, keepdim=True)).view_as(kernels)
     products, pairs = kernels.new_zeros(len(kernels)), 0
     for axis in range(1, kernels.ndim):
@@ -192,9 +192,15 @@ def _scatter(kernels: Tensor) -> Tensor:
     rows = kernels.flatten(1)
     centred = rows - rows.mean(dim=0)
     # Rounding of the mean would otherwise pass for a spread of kernels that are all the same.
-    same = centred.abs().amax() <= _CONSTANT * rows.abs().amax()
+    same = _largest(centred) <= _CONSTANT * _largest(rows)
     centred = torch.where(same, 0.0, centred)
     return centred.T @ centred if len(rows) >= rows.shape[1] else centred @ centred.T
+
+
+def _largest(values: Tensor) -> Tensor:
+    """Largest magnitude, without a copy."""
+    low, high = values.aminmax()
+    return torch.maximum(high, -low)
 
 
 def _entropy(scatter: Tensor, size: int) -> float:
