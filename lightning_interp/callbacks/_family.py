@@ -24,19 +24,19 @@ def _forwarding(hook: Callable[..., Any]) -> Callable[..., Any]:
         if self._forwarded == name:  # the hook of a parent class, called through super()
             hook(self, *args, **kwargs)
             return
-        children: Sequence[InterpCallback] = self.children
+        asked: Sequence[InterpCallback] | None = None
         if in_batch:
             if name == "on_train_batch_start":
                 self._ask(args[0], args[3] if len(args) > 3 else kwargs["batch_idx"])
             if self._asked is not None:
-                children = self._asked.get(name, ())
-                if not children and (empty or name not in self._due):
+                asked = self._asked.get(name, ())
+                if not asked and (empty or name not in self._due):
                     return
         before, self._forwarded = self._forwarded, name
         try:
             if own_first:
                 hook(self, *args, **kwargs)
-            self.pass_on(children, name, *args, **kwargs)
+            self.pass_on(self.children if asked is None else asked, name, *args, **kwargs)
             if not own_first:
                 hook(self, *args, **kwargs)
         finally:

@@ -163,6 +163,19 @@ def test_the_family_goes_first_in_setup_and_last_elsewhere():
     assert child.calls == ["parent", ("setup", ("module", "fit")), ("on_train_end", ("module",)), "parent"]
 
 
+def test_children_that_the_family_makes_in_setup_are_set_up_and_those_that_it_drops_are_not():
+    class Maker(Family):
+        def setup(self, trainer, pl_module, stage):
+            self.children = [made]
+
+    made, dropped = Noting("made"), Noting("dropped")
+    maker = Maker()
+    maker.children = [dropped]
+    maker.setup(TRAINER, "module", "fit")
+    assert made.calls == [("setup", ("module", "fit"))]
+    assert dropped.calls == []
+
+
 def test_a_child_that_fails_rests_and_the_others_go_on():
     bad, good = Noting("bad", fails="on_train_start"), Noting("good")
     parent = family(bad, good)
