@@ -71,6 +71,8 @@ class Family(InterpCallback):
         children: The callbacks that are held; may be set until the end of the family's own `setup`.
     """
 
+    _answer = "own_batch_hooks"
+
     def __init__(self, *, name: str | None = None, on_error: OnError = "warn") -> None:
         """Begins without children; schedules and layers are theirs."""
         super().__init__(name=name, on_error=on_error)

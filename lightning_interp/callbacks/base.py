@@ -30,6 +30,10 @@ from lightning_interp.rules.history import History
 OnError = Literal["warn", "raise"]
 
 
+def _all_batch_hooks(callback: InterpCallback, *args: Any, **kwargs: Any) -> Collection[str]:
+    return callback._batch_hooks
+
+
 class InterpCallback(CallbackBase):
     """Common to all callbacks; not for use by itself.
 
@@ -43,6 +47,7 @@ class InterpCallback(CallbackBase):
     can_be_spared: ClassVar[bool] = False
     works_alone: ClassVar[bool] = False
     _batch_hooks: ClassVar[frozenset[str]] = frozenset()  # those of a batch that the class has
+    _answer: ClassVar[str] = "batch_hooks"  # the method that says in which of them there is something to do
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -50,9 +55,9 @@ class InterpCallback(CallbackBase):
         for name in own:
             setattr(cls, name, guarded(vars(cls)[name]))
         cls._batch_hooks = cls._batch_hooks | (own & IN_BATCH)
-        if own & IN_BATCH and "batch_hooks" not in vars(cls):
+        if own & IN_BATCH and cls._answer not in vars(cls):
             # When the hooks of a parent have nothing to do says nothing about new ones.
-            cls.batch_hooks = InterpCallback.batch_hooks  # type: ignore[method-assign]
+            setattr(cls, cls._answer, _all_batch_hooks)
         for name in STATE & vars(cls).keys():
             setattr(cls, name, guarded_state(vars(cls)[name]))
 

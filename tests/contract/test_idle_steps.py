@@ -157,7 +157,29 @@ def test_when_nothing_is_due_the_calls_do_not_depend_on_the_size_of_the_model(na
     assert 0 < counts[0][0] <= (MOST_OF_ALL if name in ("Interp", "Alerts") else MOST)
 
 
-MOST, MOST_OF_ALL = 300, 1200  # calls in all hooks of a step, of one callback and of those that hold others
+def test_when_nothing_is_due_one_hook_of_one_child_is_called():
+    """Of `Interp`: the loss of every step is kept, and nothing else of its seven callbacks runs."""
+    interp, called = Interp(on_error="raise"), []
+
+    def noting(child, name, hook):
+        @functools.wraps(hook)
+        def noted(trainer, *args, **kwargs):
+            step = trainer.global_step - (name == "on_train_batch_end")
+            called.append((step, type(child).__name__, name))
+            return hook(trainer, *args, **kwargs)
+
+        return noted
+
+    for child in interp.children:
+        for name in HOOKS:
+            setattr(child, name, noting(child, name, getattr(child, name)))
+    _fit(interp, 3)
+    idle = [entry for entry in called if BEGIN <= entry[0] < END]
+    assert idle == [(step, "TrainingDynamics", "on_train_batch_end") for step in range(BEGIN, END)]
+    assert {name for step, _, name in called if step == 0} == set(HOOKS) - {"on_before_zero_grad"}
+
+
+MOST, MOST_OF_ALL = 250, 400  # calls in all hooks of a step, of one callback and of those that hold others
 
 
 def test_calls_are_counted():
