@@ -87,7 +87,9 @@ class _Watch:
     def merge(self) -> None:
         """Brings `alive` up to date."""
         if self.evidence is not None and self.suspects is not None:
-            self.alive.index_copy_(0, self.suspects, self.evidence)
+            # A suspect of a list that arrived late may have fired before it was listed.
+            before = self.alive.index_select(0, self.suspects)
+            self.alive.index_copy_(0, self.suspects, before.logical_or_(self.evidence))
 
     def narrow(self, seen: Tensor) -> None:
         """Drops suspects.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lightning_interp.functional import ops
 from lightning_interp.functional.layout import Layout
-from lightning_interp.functional.liveness import Liveness, fired
+from lightning_interp.functional.liveness import Liveness, _Report, fired
 from lightning_interp.functional.units import End
 
 VALUES = st.sampled_from([0.0, 0.0, 0.0, -0.0, 1.0, -1.0, 0.5, float("nan"), float("inf"), -float("inf")])
@@ -152,3 +152,22 @@ def test_slices_of_a_concatenation_are_told_apart():
     liveness = Liveness()
     liveness.read(End("a", "relu", numbers, Layout(1, 1, 2, 4)))
     assert liveness.dead()["a"].tolist() == [True, False]
+
+
+CHANNELS = 8
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.tuples(st.sets(st.integers(0, CHANNELS - 1)), st.booleans()), min_size=1, max_size=12))
+def test_reports_that_arrive_late_lose_no_life(batches):
+    """On a GPU the list of suspects arrives some batches later: one of them may have fired since."""
+    liveness, arrived = Liveness(), [False]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Report, "arrived", property(lambda report: arrived[0]))
+        for firing, arrived[0] in batches:
+            tensor = torch.zeros(2, CHANNELS, 3)
+            tensor[:, list(firing)] = 1.0
+            liveness.read(End("a", "relu", tensor, Layout(1, 0, CHANNELS, CHANNELS)))
+            liveness.narrow()
+    dead = set(liveness.dead()["a"].nonzero().flatten().tolist())
+    assert dead == set(range(CHANNELS)).difference(*(firing for firing, _ in batches))
