@@ -37,7 +37,7 @@ from lightning_interp.callbacks.base import InterpCallback
 HEAD = ("network", "what", "measured", "goal")
 _TURN = 10  # steps of the fit without the callbacks
 _FEWER = 5  # times as many epochs are watched
-_VALIDATION = 5  # training batches for each of validation, as in CIFAR-10
+VALIDATION = 5  # training batches for each of validation, as in CIFAR-10
 _TAGS = ("interp.cost/", "interp.dead_filters/", "interp.filters/", "interp.saliency/", "interp.sparsity/",
          "interp.update_ratio/", "interp/knn_accuracy")  # fmt: skip
 
@@ -139,7 +139,7 @@ def measure(case: Case, epochs: int, steps: int) -> FitCost:
         torch.manual_seed(0)
         trainer = pl.Trainer(
             max_epochs=count,
-            limit_val_batches=max(1, steps // _VALIDATION),
+            limit_val_batches=max(1, steps // VALIDATION),
             accelerator="cpu",
             logger=TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
             callbacks=callbacks,
@@ -211,7 +211,7 @@ def text(cases: Iterable[Case], pairs: int, epochs: int, steps: int) -> str:
         lines += rows(case, [measure(case, epochs, steps) for _ in range(pairs)])
     plain = epochs // math.gcd(epochs, _FEWER)
     title = (
-        f"A whole fit with `Interp()`: {epochs} epochs of {steps} steps and {max(1, steps // _VALIDATION)} of "
+        f"A whole fit with `Interp()`: {epochs} epochs of {steps} steps and {max(1, steps // VALIDATION)} of "
         f"validation, over {plain} without, scaled up"
     )
     return table.markdown(title, HEAD, lines)

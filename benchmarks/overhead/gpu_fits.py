@@ -20,12 +20,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.overhead import goals, table
-from benchmarks.overhead.fits import HEAD, Classifier, reported
+from benchmarks.overhead.fits import HEAD, VALIDATION, Classifier, reported
 from benchmarks.overhead.models import Case
 from lightning_interp import Interp
 
 _POOL = 1024  # different images
-_VALIDATION = 5  # training batches for each of validation
 _GOAL = goals.percent(0.01)
 
 
@@ -104,7 +103,7 @@ def fit(case: Case, folder: Path, callbacks: list[pl.Callback], epochs: int, ste
     model = Classifier(case.make()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     loaders = [
         DataLoader(OnDevice(count * case.batch, case), case.batch, collate_fn=tuple)
-        for count in (steps, max(1, steps // _VALIDATION))
+        for count in (steps, max(1, steps // VALIDATION))
     ]
     trainer.fit(model, *loaders)
     return clock.seconds

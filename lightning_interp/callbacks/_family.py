@@ -106,15 +106,15 @@ class Family(InterpCallback):
         """A batch begins. On most of them nothing is due, and then none of six hooks of each child is called."""
         if fits(trainer):
             started = self.clock()
-            self.batch_hooks(trainer, batch_idx, axis_step(trainer), steps=not accumulates(trainer))
+            self.batch_hooks(trainer, batch_idx, axis_step(trainer), stepping=not accumulates(trainer))
             self.seconds += self.clock() - started
 
-    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, steps: bool) -> Collection[str]:
+    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> Collection[str]:
         """Those of the family itself, and those that a child needs; which child needs which is kept."""
         asked: dict[str, list[InterpCallback]] = {}
         for child in self.children:
             try:
-                names = child.batch_hooks(trainer, batch_idx, step, steps=steps)
+                names = child.batch_hooks(trainer, batch_idx, step, stepping=stepping)
             except Exception:  # whatever is wrong will be said by the hook itself, inside its guard
                 names = child._batch_hooks
             for name in names:

@@ -32,7 +32,7 @@ IN_BATCH = frozenset(
 # Of what `state_dict` gives; to be counted up when an older version of this package could not read it. A state without
 # one was written before there was a count: schema 1.
 SCHEMA = 2
-HOOKS = frozenset(
+HOOKS = IN_BATCH | frozenset(
     (
         "setup",
         "teardown",
@@ -45,18 +45,12 @@ HOOKS = frozenset(
         "on_train_end",
         "on_train_epoch_start",
         "on_train_epoch_end",
-        "on_train_batch_start",
-        "on_train_batch_end",
         "on_validation_start",
         "on_validation_end",
         "on_validation_epoch_start",
         "on_validation_epoch_end",
         "on_validation_batch_start",
         "on_validation_batch_end",
-        "on_before_backward",
-        "on_after_backward",
-        "on_before_optimizer_step",
-        "on_before_zero_grad",
         "on_save_checkpoint",
         "on_load_checkpoint",
     )

@@ -122,9 +122,9 @@ class SampledCallback(PeriodicCallback):
             self._delivered = True
             self._measure_once("on_train_start", trainer, pl_module)
 
-    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, steps: bool) -> Collection[str]:
+    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> Collection[str]:
         """Those of a batch that is due, or that the samples are taken from."""
-        return self._batch_hooks if self._waiting else super().batch_hooks(trainer, batch_idx, step, steps=steps)
+        return self._batch_hooks if self._waiting else super().batch_hooks(trainer, batch_idx, step, stepping=stepping)
 
     def _measure_once(self, hook: str, trainer: Trainer, pl_module: LightningModule) -> None:
         step = None if self._fixed is None else self.due(hook, trainer)

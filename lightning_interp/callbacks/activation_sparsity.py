@@ -132,7 +132,7 @@ class ActivationSparsity(InterpCallback):
         if self.step_of(trainer) == 0:
             self._show_maps(trainer, pl_module, step=0)
 
-    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, steps: bool) -> Collection[str]:
+    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> Collection[str]:
         """Those of a batch that is sampled, or whose step is due."""
         due = step == 0 or self.step_due(trainer, step) or self._observer is not None
         return self._batch_hooks if due or self._sampled(trainer, batch_idx) else ()

@@ -250,7 +250,7 @@ class InterpCallback(CallbackBase):
             return not accumulates(trainer) and self.step_due(trainer, self.step_of(trainer))
         return hook == "on_train_epoch_end" and self.schedule.epoch_due(trainer.current_epoch)
 
-    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, steps: bool) -> Collection[str]:
+    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> Collection[str]:
         """The hooks of the training batch that begins in which there is something to do; a family passes on no others.
 
         Must name each in which something is due, and may depend only on what is the same on all ranks where they meet.
@@ -259,7 +259,7 @@ class InterpCallback(CallbackBase):
             trainer: The running trainer.
             batch_idx: Of the batch.
             step: Step on the axis of `self.log`.
-            steps: Whether the batch ends with an optimizer step.
+            stepping: Whether the batch ends with an optimizer step.
         """
         return self._batch_hooks
 

@@ -151,7 +151,7 @@ class DeadFilters(InterpCallback):
         often = trainer.check_val_every_n_epoch in {None, 1}
         self._use_validation = has_validation and (self.split == "val" or (self.split == "auto" and often))
 
-    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, steps: bool) -> Collection[str]:
+    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> Collection[str]:
         """All while a window is open on the training; none where validation is watched."""
         watched = not (self._first_done and self._use_validation) or self._window.reading
         return self._batch_hooks if watched else ()

@@ -186,10 +186,10 @@ class EmbeddingProjection(PeriodicCallback):
         if self._stream is not None:
             self._stream.keep(pl_module, batch)
 
-    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, steps: bool) -> Collection[str]:
+    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> Collection[str]:
         """Those of a batch that is due; of a stream, all."""
         streams = self._stream is not None
-        return self._batch_hooks if streams else super().batch_hooks(trainer, batch_idx, step, steps=steps)
+        return self._batch_hooks if streams else super().batch_hooks(trainer, batch_idx, step, stepping=stepping)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the number where the callbacks that monitor look for it."""

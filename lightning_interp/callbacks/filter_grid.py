@@ -144,9 +144,9 @@ class FilterGrid(InterpCallback):
         if self.scheduled("on_train_batch_end", trainer):
             self._show_once(trainer, step=self.step_of(trainer))
 
-    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, steps: bool) -> Collection[str]:
+    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> Collection[str]:
         """Those of a batch that the schedule makes due."""
-        return self._batch_hooks if steps and self.step_due(trainer, step) else ()
+        return self._batch_hooks if stepping and self.step_due(trainer, step) else ()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shows the filters after a due epoch."""

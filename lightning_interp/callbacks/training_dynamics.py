@@ -160,7 +160,7 @@ class TrainingDynamics(InterpCallback):
 
     # ------------------------------------------------------------------ one batch
 
-    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, steps: bool) -> Collection[str]:
+    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> Collection[str]:
         """Those of a batch that is probed; of all others the loss, at their end."""
         return self._batch_hooks if self._prober.busy or self._probes(trainer, step) else _OF_EACH_BATCH
 

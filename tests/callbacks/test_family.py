@@ -90,8 +90,8 @@ class Picky(Noting):
 
     needs = ()
 
-    def batch_hooks(self, trainer, batch_idx, step, *, steps):
-        self.calls.append((batch_idx, step, steps))
+    def batch_hooks(self, trainer, batch_idx, step, *, stepping):
+        self.calls.append((batch_idx, step, stepping))
         if self.needs is None:
             raise RuntimeError("no answer")
         return self.needs
