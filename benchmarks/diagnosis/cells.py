@@ -11,6 +11,7 @@ from benchmarks.diagnosis.models import ARCHITECTURES, HELD_OUT
 from benchmarks.diagnosis.spec import Spec
 
 DATA, HELD_OUT_DATA = ("digits", "photos", "textures"), ("glyphs", "turns")
+EASY = ("digits", "textures")
 OPTIMIZERS, HELD_OUT_OPTIMIZERS = ("sgd", "adam", "adamw"), ("plain_sgd", "nadam", "rmsprop", "adagrad")
 SCHEDULES = ("constant", "cosine", "warmup", "onecycle")
 # Rates that are known to work for all of these networks.
@@ -18,6 +19,8 @@ BASE = {"sgd": 0.03, "adam": 2e-3, "adamw": 2e-3, "plain_sgd": 0.3, "nadam": 4e-
 STEP, RUNGS, NARROW = 4.0, range(-2, 4), range(-1, 2)
 # At the lowest and the highest rate, three times the steps would tell nothing that the other labels do not.
 LONG_RUNGS = range(-1, 3)
+# Of runs without a ladder; what these mean stands in `traits.py`.
+HARD = ("none", "wide", "sparse", "none", "pruned", "fine_tuning")
 EPOCHS = {"digits": 9, "textures": 9, "photos": 12, "positions": 12, "glyphs": 12, "turns": 15}
 SHORT_EPOCHS = 3
 
@@ -46,6 +49,7 @@ def with_faults(cell: Spec, faults: list[str]) -> list[Spec]:
 def _full() -> list[list[Spec]]:
     groups = [ladder(cell, NARROW if cell.seed else RUNGS) for cell in _cells()]
     groups += [ladder(cell, NARROW) for cell in _hard()]
+    groups += [[cell] for cell in _alone()]
     groups += [ladder(cell, NARROW) + with_faults(cell, faults) for cell, faults in _faulty()]
     groups += [ladder(cell) for cell in _held_out()]
     return groups + [ladder(cell, NARROW) + with_faults(cell, faults) for cell, faults in _held_out_faulty()]
@@ -102,6 +106,31 @@ def _hard() -> list[Spec]:
             replace(plain, data="positions", epochs=EPOCHS["positions"]),
         ]
         cells += [cell for t, cell in enumerate(hard) if (a + t) % 2 == 0 or t == 5]  # fine-tuning is the commonest
+    return cells
+
+
+def _alone() -> list[Spec]:
+    """Runs without a ladder, on data that is learned so well that arithmetic labels them (`labels.settled`).
+
+    At the base rate and at four times as much, where steps are near the edge of stability.
+    """
+    cells = []
+    for seed in range(6, 10):
+        for a, architecture in enumerate(ARCHITECTURES):
+            for d, data in enumerate(EASY):
+                for o, optimizer in enumerate(OPTIMIZERS):
+                    for rung in range(2):
+                        spec = Spec(
+                            architecture,
+                            data,
+                            optimizer,
+                            SCHEDULES[(a + d + o + seed) % 4],
+                            rate=float(f"{BASE[optimizer] * STEP**rung:.3g}"),
+                            seed=seed,
+                            epochs=EPOCHS[data],
+                            trait=HARD[(a + o + rung + seed) % len(HARD)] if d == 0 else "none",
+                        )
+                        cells.append(replace(spec, schedule="onecycle") if spec.trait == "wide" else spec)
     return cells
 
 

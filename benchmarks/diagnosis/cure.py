@@ -93,7 +93,7 @@ class Judge:
                 self._long[replace(spec, long=False).key] = record["final"]
                 self._best[spec.cell] = min(record["final"], self._best.get(spec.cell, record["final"]))
         for run in runs:
-            if run.spec.fault == "none" and run.progress is not None:
+            if run.spec.fault == "none" and run.progress is not None and not run.spec.long:
                 self._short[run.spec.cell] = max(run.progress, self._short.get(run.spec.cell, 0.0))
 
     def reached(self, run: Labelled, record: Mapping[str, Any]) -> float | None:
@@ -179,7 +179,7 @@ def cure(  # noqa: PLR0913 - options, by keyword
         train: From a specification to its record; by default `train.run`.
     """
     records, end, failed = read_records(directory), time.monotonic() + 3600 * hours, 0
-    runs = label_all(records, read_plan(directory))
+    runs = [run for run in label_all(records, read_plan(directory)) if not run.spec.long]
     faulty = sorted((run for run in runs if run.faulty), key=lambda run: sha256(run.spec.key.encode()).digest())
     faulty = faulty[:count]
     judged = zip(faulty, replay((run.record for run in faulty), directory), strict=True)

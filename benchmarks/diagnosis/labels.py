@@ -14,6 +14,7 @@ from benchmarks.diagnosis.faults import FAULTS
 from benchmarks.diagnosis.spec import Spec
 
 Label = bool | None
+NO_GAIN, CLEAR_GAIN = 0.1, 0.3  # in units of the attainable fall of the loss; between them it is ambiguous
 LEARNABLE = 0.8  # part of the guess: where no rate gets below it, progress means nothing
 RATE_RULES = ("learning_rate_too_high", "learning_rate_too_low", "undertrained")
 LABELLED = (
@@ -78,9 +79,38 @@ def rate_labels(short: Mapping[float, float], long: Mapping[float, float]) -> di
         labels[rate] = {
             "learning_rate_too_high": high,
             "learning_rate_too_low": low,
-            "undertrained": band(long[rate] - reached, 0.1, 0.2) if rate in long else None,
+            "undertrained": band(long[rate] - reached, NO_GAIN, 0.2) if rate in long else None,
         }
     return labels
+
+
+def settled(final: float | None, guess: float) -> bool:
+    """Whether less than 0.1 of the attainable fall is left even if the loss fell to 0.
+
+    No rate and no length can gain more then, whatever the best of the cell is. `final` is below 1/11 of the guess.
+
+    Example:
+        >>> settled(0.2, 2.3), settled(0.22, 2.3), settled(None, 2.3)
+        (True, False, False)
+    """
+    return final is not None and final < NO_GAIN * (guess - final)
+
+
+def long_labels(rate: float, long: Mapping[float, float], *, done: bool) -> dict[str, Label]:
+    """The same for the long version of a run, from the other long versions of its cell, or by arithmetic.
+
+    Nobody trained the lowest and the highest rate so long, nor any three times as long again. So all is False if the
+    run is `settled`; otherwise only what another rate gained by more than 0.3 is known.
+
+    Args:
+        rate: Of the run.
+        long: Rate to progress of the long versions.
+        done: Whether the run is `settled`.
+    """
+    if done:
+        return dict.fromkeys(RATE_RULES, False)
+    high, low = (_gain(rate, long, side) > CLEAR_GAIN or None for side in (float.__lt__, float.__gt__))
+    return {"learning_rate_too_high": high, "learning_rate_too_low": low, "undertrained": None}
 
 
 def _better(
@@ -90,15 +120,14 @@ def _better(
     beyond: Callable[[float, float], bool],
 ) -> Label:
     """Whether one of the rates beyond this one, on one side, brings more."""
-
-    def gain(reached: Mapping[float, float]) -> float:
-        return (
-            max((value for other, value in reached.items() if beyond(other, rate)), default=-math.inf) - reached[rate]
-        )
-
-    now = band(gain(short), 0.1, 0.3)
-    later = rate in long and band(gain(long), 0.1, 0.3)
+    now = band(_gain(rate, short, beyond), NO_GAIN, CLEAR_GAIN)
+    later = rate in long and band(_gain(rate, long, beyond), NO_GAIN, CLEAR_GAIN)
     return None if now is False and later else now
+
+
+def _gain(rate: float, reached: Mapping[float, float], beyond: Callable[[float, float], bool]) -> float:
+    """What the best of the rates beyond this one, on one side, brings more; minus infinity where there is none."""
+    return max((value for other, value in reached.items() if beyond(other, rate)), default=-math.inf) - reached[rate]
 
 
 def overfitting(val_losses: Sequence[float | None], final: float | None, guess: float) -> Label:
@@ -155,39 +184,51 @@ def label_all(records: Iterable[Mapping[str, Any]], plan: Mapping[str, str] | No
     rungs = {cell: _rungs(runs) for cell, runs in cells.items() if cell not in unfinished}
     found = []
     for spec, record in pairs:
-        if spec.long:
-            continue
-        best, short, labels = rungs.get(spec.cell, (None, {}, {}))
-        reached = None if best is None else progress(record["final"], record["guess"], best)
+        cell = rungs.get(spec.cell, _UNKNOWN)
+        reached = None if cell.best is None else progress(record["final"], record["guess"], cell.best)
+        rates = cell.labels.get((spec.rate, spec.long))
         if spec.fault == "none":
-            found.append(_natural(spec, record, labels.get(spec.rate), reached, _killing(spec, cells[spec.cell])))
+            found.append(_natural(spec, record, rates, reached, _killing(spec, cells[spec.cell])))
         else:
-            twin = _Twin(by_key.get(spec.twin), short.get(spec.rate), labels.get(spec.rate, {}))
+            twin = _Twin(by_key.get(spec.twin), cell.short.get(spec.rate), rates or {})
             found.append(_injected(spec, record, reached, twin))
     return found
 
 
-def _rungs(
-    runs: list[tuple[Spec, dict[str, Any]]],
-) -> tuple[float | None, dict[float, float], dict[float, dict[str, Label]]]:
-    """The best loss of the long versions, the progress of each rate, and the labels; nothing if none learned."""
-    finals = {long: {spec.rate: record for spec, record in runs if spec.long == long} for long in (False, True)}
-    reached = [record["final"] for record in finals[True].values() if record["final"] is not None]
-    if not reached:
-        return None, {}, {}
-    best = min(reached)
-    if best > LEARNABLE * runs[0][1]["guess"]:
-        return None, {}, {}
+class _Rungs(NamedTuple):
+    """What the ladder of a cell tells: the best loss of the long versions, progress by rate, and labels."""
+
+    best: float | None
+    short: Mapping[float, float]
+    labels: Mapping[tuple[float, bool], dict[str, Label]]
+
+
+_UNKNOWN = _Rungs(None, {}, {})
+
+
+def _rungs(runs: list[tuple[Spec, dict[str, Any]]]) -> _Rungs:
+    """Nothing if no rate learned anything; of a run without a ladder only that it is settled."""
+    guess = runs[0][1]["guess"]
+    finals = {
+        long: {spec.rate: record["final"] for spec, record in runs if spec.long == long} for long in (False, True)
+    }
+    done = {(rate, long): settled(final, guess) for long in finals for rate, final in finals[long].items()}
+    if not finals[True]:
+        return _Rungs(None, {}, {key: dict.fromkeys(RATE_RULES, False) for key in done if done[key]})
+    best = min((final for final in finals[True].values() if final is not None), default=math.inf)
+    if best > LEARNABLE * guess:
+        return _UNKNOWN
     short, long = (
-        {rate: progress(record["final"], record["guess"], best) for rate, record in finals[kind].items()}
-        for kind in (False, True)
+        {rate: progress(final, guess, best) for rate, final in finals[kind].items()} for kind in (False, True)
     )
-    return best, short, rate_labels(short, long)
+    found = {(rate, False): labels for rate, labels in rate_labels(short, long).items()}
+    found |= {(rate, True): long_labels(rate, long, done=done[rate, True]) for rate in long}
+    return _Rungs(best, short, found)
 
 
 def _killing(spec: Spec, runs: list[tuple[Spec, dict[str, Any]]]) -> bool:
     """Whether a lower rate of the cell leaves less than half as many dead: then the rate is a right cause of death."""
-    shares = {s.rate: max(max(count) for count in r["counts"]) for s, r in runs if not s.long and r["counts"]}
+    shares = {s.rate: max(map(max, r["counts"])) for s, r in runs if s.long == spec.long and r["counts"]}
     return any(rate < spec.rate and share < 0.5 * shares[spec.rate] for rate, share in shares.items())
 
 

@@ -26,7 +26,7 @@ class Spec:
         trait: What makes a healthy run hard, see `traits.py`; `none` for an ordinary one.
         fault: What was injected, see `faults.py`; `none` for nothing.
         remedy: What is done against a fault, see `remedies.py`; `none` for nothing.
-        long: Whether this is the long version, which is trained without callbacks.
+        long: Whether this is the long version, against which the others are measured.
     """
 
     architecture: str

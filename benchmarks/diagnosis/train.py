@@ -1,4 +1,4 @@
-"""One run: by a Lightning Trainer with alerts, or its long version in plain PyTorch with the same batches and rates."""
+"""One run: by a Lightning Trainer with alerts, or in plain PyTorch with the same batches and rates."""
 
 from __future__ import annotations
 
@@ -110,17 +110,13 @@ def loss_of(scores: Tensor, targets: Tensor) -> Tensor:
 
 def run(spec: Spec) -> dict[str, Any]:
     """Trains and returns what is kept: plain lists and numbers, among them the history that the rules read."""
+    from benchmarks.diagnosis.watched import train_watched  # it needs this module
+
     torch.set_num_threads(1)
     begin = time.process_time()
-    if spec.long:
-        results: dict[str, Any] = {"losses": train_plain(spec)}
-    else:
-        from benchmarks.diagnosis.watched import train_watched
-
-        results = train_watched(spec)
+    results = train_watched(spec)
     setting = prepare(spec)
-    if not spec.long:
-        results["born"] = [round(share, 4) for share in census(setting.net, setting.data.images)]
+    results["born"] = [round(share, 4) for share in census(setting.net, setting.data.images)]
     losses = results.pop("losses")
     results.pop("suspects", None)
     if spec.remedy != "none":

@@ -118,7 +118,8 @@ def _finite(value: float) -> float | None:
 def _label_watch(spec: Spec) -> list[Influence]:
     """For runs with wrong labels, and for the healthy ones that they are compared with."""
     fault = fault_of(spec.fault)
-    wanted = fault.watch_labels if fault else spec.trait == "none" and spec.data == "digits" and spec.seed == 0
+    plain = spec.trait == "none" and spec.data == "digits" and spec.seed == 0 and not spec.long
+    wanted = fault.watch_labels if fault else plain
     return [Influence(every_n_epochs=3, num_train=1200)] if wanted else []
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_interp.functional.updates import to_host
+from lightning_interp.functional.transfer import Parcel
 
 
 @dataclass
@@ -35,6 +35,8 @@ class Backlog:
     def __init__(self) -> None:
         """Starts empty."""
         self._items: list[Item] = []
+        self._sent = 0  # so many items, the oldest
+        self._parcel: Parcel | None = None  # with the values of those
 
     def __len__(self) -> int:
         return len(self._items)
@@ -42,6 +44,26 @@ class Backlog:
     def add(self, kind: str, step: int, tensors: dict[str, Tensor], **notes: Any) -> None:
         """Appends an item; the tensors must not be written to any more."""
         self._items.append(Item(kind, step, tensors, notes=notes))
+
+    def send(self) -> None:
+        """Puts the values of all items on their way, without a wait; `take_sent` gets them."""
+        self._arrive()
+        self._sent, self._parcel = (
+            len(self._items),
+            Parcel([tensor for item in self._items for tensor in item.tensors.values()]),
+        )
+
+    @property
+    def sent(self) -> bool:
+        """Whether something is on its way."""
+        return self._parcel is not None
+
+    def take_sent(self) -> list[Item]:
+        """The items that were sent, with their values, oldest first; waits for those that have not arrived."""
+        count = self._sent
+        self._arrive()
+        items, self._items = self._items[:count], self._items[count:]
+        return items
 
     def take(self) -> list[Item]:
         """All items, with their values, oldest first; the backlog is empty then."""
@@ -51,11 +73,17 @@ class Backlog:
 
     def resolve(self) -> None:
         """Fetches all values, in one transfer for each device and dtype."""
-        waiting = [(item, name) for item in self._items for name in item.tensors]
-        for (item, name), values in zip(waiting, to_host([item.tensors[name] for item, name in waiting]), strict=True):
-            item.values[name] = values
-        for item in self._items:
-            item.tensors = {}
+        self.send()
+        self._arrive()
+
+    def _arrive(self) -> None:
+        """Waits for what was sent."""
+        if self._parcel is not None:
+            values = iter(self._parcel.open())
+            for item in self._items[: self._sent]:
+                item.values |= {name: next(values) for name in item.tensors}
+                item.tensors = {}
+            self._sent, self._parcel = 0, None
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Plain Python, safe in a checkpoint; the items stay."""
@@ -65,3 +93,4 @@ class Backlog:
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
         """The inverse of `state_dict`."""
         self._items = [Item(s["kind"], s["step"], values=s["values"], notes=s["notes"]) for s in state]
+        self._sent, self._parcel = 0, None

@@ -24,7 +24,8 @@ from lightning_interp.functional.hooks import (
     in_backward,
     is_compiled,
 )
-from lightning_interp.functional.updates import predicted_fall, to_host
+from lightning_interp.functional.transfer import to_host
+from lightning_interp.functional.updates import predicted_fall
 
 
 class SameBatchProbe:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_interp.functional.updates import to_host
+from lightning_interp.functional.transfer import to_host
 from lightning_interp.rules.history import History
 
 MOST = 64  # metrics that are kept; those logged first

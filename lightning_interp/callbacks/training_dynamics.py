@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 # Values are fetched from the device so often, in steps: early, where rules must be quick, and later.
 _FETCH_EARLY, _FETCH_LATE = 10, 50
+# On a GPU they are sent so many steps before: it never runs out of work while the host reads them.
+_AHEAD = 2
 _OF_EACH_BATCH = ("on_train_batch_end",)
 # Most values that wait, whatever the number of micro-batches in a step.
 _MOST_WAITING = 512
@@ -196,20 +198,33 @@ class TrainingDynamics(InterpCallback):
         self._prober.finish(trainer, pl_module, None if loss is None else (loss, scale), batch)
         if self._prober.problem:
             self.say_once(self._prober.problem)
-        every = _FETCH_EARLY if step < self.dense_steps else _FETCH_LATE
-        if step - self._reported_at >= every or len(self._backlog) >= _MOST_WAITING:
-            self._report(trainer)
-            self._reported_at = step
-            self.log_cost(trainer, step=step)
+        self._fetch(trainer, step)
 
     # ------------------------------------------------------------------ output
 
-    def _report(self, trainer: Trainer) -> None:
-        """Fetches what waits on the device, and hands it to the history and to the loggers, each at its own step."""
+    def _fetch(self, trainer: Trainer, step: int) -> None:
+        """Sends what was measured on its way to the host, and reports what was sent, when it is time."""
+        every = _FETCH_EARLY if step < self.dense_steps else _FETCH_LATE
+        waited, many = step - self._reported_at, len(self._backlog) >= _MOST_WAITING
+        ahead = _steps_ahead(trainer)
+        if ahead and waited >= every - ahead and not self._backlog.sent:
+            self._backlog.send()
+        if waited >= every or many:
+            self._report(trainer, sent=ahead > 0 and not many)
+            self._reported_at = step
+            self.log_cost(trainer, step=step)
+
+    def _report(self, trainer: Trainer, *, sent: bool = False) -> None:
+        """Fetches what waits on the device, and hands it to the history and to the loggers, each at its own step.
+
+        Args:
+            trainer: The running trainer.
+            sent: Only what was sent.
+        """
         history = self.notebook(trainer)
-        if len(self._backlog):
+        if len(self._backlog) and not sent:
             self.wait_for_training(trainer)
-        for item in self._backlog.take():
+        for item in self._backlog.take_sent() if sent else self._backlog.take():
             if item.kind == "loss":
                 self._report_loss(trainer, item)
             elif item.kind == "images":
@@ -312,3 +327,8 @@ class TrainingDynamics(InterpCallback):
         self._partial_step, *self._partial = state_dict["partial"]
         self._median = state_dict["median"]
         self._prober.images_seen = state_dict["images_seen"]
+
+
+def _steps_ahead(trainer: Trainer) -> int:
+    """How many steps before they are read values are sent."""
+    return _AHEAD if trainer.strategy.root_device.type == "cuda" else 0

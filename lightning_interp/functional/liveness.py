@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_interp.functional import ops
 from lightning_interp.functional.tracing import End
+from lightning_interp.functional.transfer import HostCopy
 
 _FEW = 8  # one in so many samples is read first
 _LISTED, _LISTED_ON_GPU = 1 / 2, 1 / 16
@@ -127,26 +128,20 @@ class _Report:
         parts = [watch.alive if watch.suspects is None else watch.evidence for watch in watches]
         known = [(watch, part) for watch, part in zip(watches, parts, strict=True) if part is not None]
         self._about = [(watch, watch.suspects, part.numel()) for watch, part in known]
-        self._flat = torch.cat([part for _, part in known]) if known else torch.empty(0, dtype=torch.bool)
-        self._event: torch.cuda.Event | None = None
-        if self._flat.is_cuda:
-            pinned = torch.empty(self._flat.shape, dtype=torch.bool, pin_memory=True)
-            pinned.copy_(self._flat, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
-            self._flat = pinned
+        self._copy = HostCopy(torch.cat([part for _, part in known]) if known else torch.empty(0, dtype=torch.bool))
 
     @property
     def arrived(self) -> bool:
         """Whether it can be read without a wait."""
-        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+        return self._copy.arrived
 
     def read(self) -> None:
         """Narrows those whose suspects are still the same."""
-        if all(suspects is not None for _, suspects, _ in self._about) and not bool(self._flat.any()):
+        flat = self._copy.get()
+        if all(suspects is not None for _, suspects, _ in self._about) and not bool(flat.any()):
             return  # as on most batches: the dead are still dead
         sizes = [count for _, _, count in self._about]
-        for (watch, suspects, count), seen in zip(self._about, torch.split(self._flat, sizes), strict=True):
+        for (watch, suspects, count), seen in zip(self._about, torch.split(flat, sizes), strict=True):
             if watch.suspects is suspects and watch.num_suspects != count - int(seen.count_nonzero()):
                 watch.narrow(seen)
 

@@ -137,29 +137,3 @@ def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
 def differences(after: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
     """Updates, after minus before of each pair, detached, in few kernels."""
     return list(torch._foreach_sub([t.detach() for t in after], list(before))) if after else []
-
-
-def to_host(tensors: Sequence[Tensor]) -> list[list[float]]:
-    """Values of many small tensors, with one transfer for each device and dtype.
-
-    Args:
-        tensors: Real tensors of any shape.
-
-    Returns:
-        One flat list of numbers for each tensor, in order.
-
-    Example:
-        >>> to_host([torch.tensor(1.0), torch.tensor([2.0, 3.0])])
-        [[1.0], [2.0, 3.0]]
-    """
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        groups.setdefault((tensor.device, tensor.dtype), []).append(index)
-    values: list[list[float]] = [[] for _ in tensors]
-    for indices in groups.values():
-        flat = torch.cat([tensors[index].detach().reshape(-1) for index in indices]).tolist()
-        start = 0
-        for index in indices:
-            values[index] = [float(value) for value in flat[start : start + tensors[index].numel()]]
-            start += tensors[index].numel()
-    return values

@@ -17,7 +17,6 @@ from lightning_interp.functional.updates import (
     relative_norm,
     step_ratio,
     tensor_norms,
-    to_host,
     update_ratio,
 )
 
@@ -195,15 +194,3 @@ def test_differences_are_after_minus_before():
     for got, a, b in zip(differences(after, before), after, before, strict=True):
         assert torch.equal(got, a - b)
     assert differences([], []) == copies([]) == []
-
-
-def test_to_host_of_mixed_dtypes_keeps_order_and_values():
-    """One list for each tensor, whatever the groups of the transfer."""
-    tensors = [
-        torch.tensor(1.5),
-        torch.tensor([1 / 3], dtype=torch.float64),
-        torch.tensor([[1.0, 2.0]]),
-        torch.tensor(3),
-        torch.empty(0),
-    ]
-    assert to_host(tensors) == [[1.5], [1 / 3], [1.0, 2.0], [3.0], []]

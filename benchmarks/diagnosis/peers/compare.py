@@ -30,7 +30,8 @@ def compare(
     Returns:
         The tables, and how many runs failed.
     """
-    chosen = sample(label_all(read_records(directory), read_plan(directory)), count)
+    runs = [run for run in label_all(read_records(directory), read_plan(directory)) if not run.spec.long]
+    chosen = sample(runs, count)
     judged = zip(chosen, replay((each.record for each in chosen), directory), strict=True)
     # What our rules say now, not what they said when the run was trained.
     chosen = [replace(each, record=record) for each, record in judged]
