@@ -11,6 +11,17 @@ def falls_on(step: int) -> bool:
     return step in FIRST or (step > FIRST[-1] and step % EVERY == 0)
 
 
+def quiet(step: int) -> int:
+    """On so many steps right after this one no look falls.
+
+    Example:
+        >>> quiet(0), quiet(60), quiet(100), quiet(149)
+        (19, 39, 49, 0)
+    """
+    following = (*FIRST, step - step % EVERY + EVERY) if step < FIRST[-1] else (step - step % EVERY + EVERY,)
+    return min(look for look in following if look > step) - step - 1
+
+
 class Timetable:
     """Tells in which calls of a hook a look is due: the same on all ranks, which decide together.
 

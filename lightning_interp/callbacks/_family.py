@@ -9,7 +9,9 @@ from typing import Any
 from lightning_interp.callbacks._guarding import CLEANING, HOOKS, IN_BATCH
 from lightning_interp.callbacks._lightning import CallbackBase, LightningModule, Trainer, accumulates, axis_step, fits
 from lightning_interp.callbacks.base import InterpCallback, OnError
+from lightning_interp.callbacks.schedule import ALWAYS, BatchHooks
 
+_NONE = range(0)
 # The family goes first: it makes its children in `setup`, and puts the restored history in place before they write.
 _OWN_FIRST = frozenset({"setup", "on_fit_start"})
 
@@ -25,7 +27,9 @@ def _forwarding(hook: Callable[..., Any]) -> Callable[..., Any]:
             hook(self, *args, **kwargs)
             return
         asked: Sequence[InterpCallback] | None = None
-        if in_batch:
+        if not in_batch:
+            self._same = _NONE
+        else:
             if name == "on_train_batch_start":
                 self._ask(args[0], args[3] if len(args) > 3 else kwargs["batch_idx"])
             if self._asked is not None:
@@ -79,11 +83,12 @@ class Family(InterpCallback):
         self.children: list[InterpCallback] = []
         self._forwarded = ""  # the hook that is being passed on
         self._asked: dict[str, list[InterpCallback]] | None = None  # hook of this batch to the children that need it
+        self._same = _NONE  # batches for which the answers hold too
         self._due: Collection[str] = ()  # hooks of this batch in which the family itself has something to do
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets the last batch of the last run."""
-        self._asked = None
+        self._asked, self._same = None, _NONE
         super().setup(trainer, pl_module, stage)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -104,27 +109,32 @@ class Family(InterpCallback):
 
     def _ask(self, trainer: Trainer, batch_idx: int) -> None:
         """A batch begins. On most of them nothing is due, and then none of six hooks of each child is called."""
-        if fits(trainer):
-            started = self.clock()
-            self.batch_hooks(trainer, batch_idx, axis_step(trainer), stepping=not accumulates(trainer))
-            self.seconds += self.clock() - started
+        if batch_idx in self._same or not fits(trainer):
+            return
+        started = self.clock()
+        answer = self.batch_hooks(trainer, batch_idx, axis_step(trainer), stepping=not accumulates(trainer))
+        more = answer.more if trainer.accumulate_grad_batches == 1 else 0
+        self._same = range(batch_idx + 1, batch_idx + 1 + more)
+        self.seconds += self.clock() - started
 
-    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> Collection[str]:
+    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> BatchHooks:
         """Those of the family itself, and those that a child needs; which child needs which is kept."""
         asked: dict[str, list[InterpCallback]] = {}
+        self._due, more = self.own_batch_hooks(step)
         for child in self.children:
             try:
-                names = child.batch_hooks(trainer, batch_idx, step, stepping=stepping)
+                names, child_more = child.batch_hooks(trainer, batch_idx, step, stepping=stepping)
             except Exception:  # whatever is wrong will be said by the hook itself, inside its guard
-                names = child._batch_hooks
+                names, child_more = child._batch_hooks, 0
+            more = min(more, child_more)
             for name in names:
                 asked.setdefault(name, []).append(child)
-        self._asked, self._due = asked, self.own_batch_hooks(step)
-        return asked.keys() | self._due
+        self._asked = asked
+        return BatchHooks(asked.keys() | set(self._due), more)
 
-    def own_batch_hooks(self, step: int) -> Collection[str]:
+    def own_batch_hooks(self, step: int) -> BatchHooks:
         """As `batch_hooks`, of the family without its children."""
-        return self._batch_hooks
+        return BatchHooks(self._batch_hooks, more=ALWAYS)
 
     # ------------------------------------------------------------------ state
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from lightning_interp._options import check_numbers, check_strings
@@ -11,6 +11,7 @@ from lightning_interp.callbacks._lightning import LightningModule, Trainer
 from lightning_interp.callbacks._ranks import refuse_sharded
 from lightning_interp.callbacks.base import InterpCallback, OnError
 from lightning_interp.callbacks.guard import undisturbed
+from lightning_interp.callbacks.schedule import BatchHooks
 from lightning_interp.records import Image, Scalar
 from lightning_interp.render.color import Pixels
 from lightning_interp.render.strip import FilmStrip
@@ -125,9 +126,9 @@ class PeriodicCallback(InterpCallback):
         """Measures after a due step."""
         self._measure_once("on_train_batch_end", trainer, pl_module)
 
-    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> Collection[str]:
+    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> BatchHooks:
         """Those of a batch that the schedule makes due."""
-        return self._batch_hooks if stepping and self.step_due(trainer, step) else ()
+        return self.scheduled_hooks(trainer, step, stepping=stepping)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures after a due epoch."""

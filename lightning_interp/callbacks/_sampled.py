@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from lightning_interp.callbacks.base import OnError
 from lightning_interp.callbacks.batches import UnreadableError
 from lightning_interp.callbacks.guard import undisturbed
 from lightning_interp.callbacks.samples import FixedSamples, check_samples, keep, read_samples
+from lightning_interp.callbacks.schedule import BatchHooks
 
 # Samples of up to so many numbers (4 MB in float32) lie in each checkpoint; more are read again after a resume.
 _IN_CHECKPOINT = 1_000_000
@@ -122,9 +123,11 @@ class SampledCallback(PeriodicCallback):
             self._delivered = True
             self._measure_once("on_train_start", trainer, pl_module)
 
-    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> Collection[str]:
+    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> BatchHooks:
         """Those of a batch that is due, or that the samples are taken from."""
-        return self._batch_hooks if self._waiting else super().batch_hooks(trainer, batch_idx, step, stepping=stepping)
+        if self._waiting:
+            return BatchHooks(self._batch_hooks)
+        return super().batch_hooks(trainer, batch_idx, step, stepping=stepping)
 
     def _measure_once(self, hook: str, trainer: Trainer, pl_module: LightningModule) -> None:
         step = None if self._fixed is None else self.due(hook, trainer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, ClassVar
@@ -20,6 +20,7 @@ from lightning_interp.callbacks.fallback import hidden_layers, named
 from lightning_interp.callbacks.guard import undisturbed
 from lightning_interp.callbacks.observer import Observer
 from lightning_interp.callbacks.samples import fixed_samples
+from lightning_interp.callbacks.schedule import BatchHooks
 from lightning_interp.callbacks.session import Session
 from lightning_interp.functional.sparsity import zero_fraction
 from lightning_interp.functional.tracing import ActivationTracer, End
@@ -132,10 +133,13 @@ class ActivationSparsity(InterpCallback):
         if self.step_of(trainer) == 0:
             self._show_maps(trainer, pl_module, step=0)
 
-    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> Collection[str]:
+    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> BatchHooks:
         """Those of a batch that is sampled, or whose step is due."""
         due = step == 0 or self.step_due(trainer, step) or self._observer is not None
-        return self._batch_hooks if due or self._sampled(trainer, batch_idx) else ()
+        if due or self._sampled(trainer, batch_idx):
+            return BatchHooks(self._batch_hooks)
+        to_sample = _SAMPLE_EVERY - 1 - batch_idx % _SAMPLE_EVERY
+        return BatchHooks((), more=min(self.schedule.quiet(step), to_sample))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Opens the reader on sampled batches."""

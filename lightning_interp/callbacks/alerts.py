@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from lightning_interp._options import check_choice, check_strings
 from lightning_interp.callbacks._alert_outlets import Outlets
 from lightning_interp.callbacks._alert_text import digest, log_lines, table
-from lightning_interp.callbacks._alert_times import Timetable, falls_on
+from lightning_interp.callbacks._alert_times import Timetable, falls_on, quiet
 from lightning_interp.callbacks._family import Family
 from lightning_interp.callbacks._lightning import LightningModule, Trainer, planned_steps
 from lightning_interp.callbacks._measuring import bring_missing, callbacks_of
@@ -18,6 +18,7 @@ from lightning_interp.callbacks._ranks import is_sharded
 from lightning_interp.callbacks._run_state import adopt, ended_as_planned, fingerprint
 from lightning_interp.callbacks._validation import keep_validation
 from lightning_interp.callbacks.base import OnError
+from lightning_interp.callbacks.schedule import BatchHooks
 from lightning_interp.callbacks.session import Session
 from lightning_interp.errors import AlertRaised
 from lightning_interp.records import Record, Scalar, Text
@@ -149,9 +150,9 @@ class Alerts(Family):
         """Looks, if it is time."""
         self._look("on_train_batch_end", trainer)
 
-    def own_batch_hooks(self, step: int) -> Collection[str]:
+    def own_batch_hooks(self, step: int) -> BatchHooks:
         """Those after which it looks."""
-        return self._batch_hooks if falls_on(step) else ()
+        return BatchHooks(self._batch_hooks) if falls_on(step) else BatchHooks((), more=quiet(step))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the numbers where the callbacks that monitor look for them."""

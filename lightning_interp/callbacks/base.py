@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,7 +21,7 @@ from lightning_interp.callbacks import _ranks
 from lightning_interp.callbacks._guarding import HOOKS, IN_BATCH, STATE, guarded, guarded_state
 from lightning_interp.callbacks._lightning import CallbackBase, LightningModule, Trainer, accumulates, axis_step
 from lightning_interp.callbacks.batches import UnreadableError
-from lightning_interp.callbacks.schedule import Schedule
+from lightning_interp.callbacks.schedule import ALWAYS, BatchHooks, Schedule
 from lightning_interp.callbacks.session import Session
 from lightning_interp.errors import InterpWarning
 from lightning_interp.records import Image, Record, Scalar
@@ -30,8 +30,8 @@ from lightning_interp.rules.history import History
 OnError = Literal["warn", "raise"]
 
 
-def _all_batch_hooks(callback: InterpCallback, *args: Any, **kwargs: Any) -> Collection[str]:
-    return callback._batch_hooks
+def _all_batch_hooks(callback: InterpCallback, *args: Any, **kwargs: Any) -> BatchHooks:
+    return BatchHooks(callback._batch_hooks, more=ALWAYS)
 
 
 class InterpCallback(CallbackBase):
@@ -250,7 +250,7 @@ class InterpCallback(CallbackBase):
             return not accumulates(trainer) and self.step_due(trainer, self.step_of(trainer))
         return hook == "on_train_epoch_end" and self.schedule.epoch_due(trainer.current_epoch)
 
-    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> Collection[str]:
+    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> BatchHooks:
         """The hooks of the training batch that begins in which there is something to do; a family passes on no others.
 
         Must name each in which something is due, and may depend only on what is the same on all ranks where they meet.
@@ -261,7 +261,12 @@ class InterpCallback(CallbackBase):
             step: Step on the axis of `self.log`.
             stepping: Whether the batch ends with an optimizer step.
         """
-        return self._batch_hooks
+        return BatchHooks(self._batch_hooks, more=ALWAYS)
+
+    def scheduled_hooks(self, trainer: Trainer, step: int, *, stepping: bool) -> BatchHooks:
+        """All hooks of a batch that the schedule makes due, and none of the others."""
+        due = stepping and self.step_due(trainer, step)
+        return BatchHooks(self._batch_hooks) if due else BatchHooks((), more=self.schedule.quiet(step))
 
     def shows_in(self, hook: str) -> bool:
         """Whether it is in this hook, if due, that something is shown."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +12,7 @@ from lightning_interp._options import check_choice, check_number, check_positive
 from lightning_interp.callbacks._lightning import LightningModule, Trainer, accumulates
 from lightning_interp.callbacks.base import InterpCallback, OnError
 from lightning_interp.callbacks.fallback import EagerPass, hidden_layers, named
-from lightning_interp.callbacks.schedule import FALLBACK_STEPS
+from lightning_interp.callbacks.schedule import ALWAYS, FALLBACK_STEPS, BatchHooks
 from lightning_interp.callbacks.session import Session
 from lightning_interp.callbacks.window import Window
 from lightning_interp.functional.lifelines import FilterEvent, Lifelines
@@ -151,10 +151,10 @@ class DeadFilters(InterpCallback):
         often = trainer.check_val_every_n_epoch in {None, 1}
         self._use_validation = has_validation and (self.split == "val" or (self.split == "auto" and often))
 
-    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> Collection[str]:
+    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> BatchHooks:
         """All while a window is open on the training; none where validation is watched."""
         watched = not (self._first_done and self._use_validation) or self._window.reading
-        return self._batch_hooks if watched else ()
+        return BatchHooks(self._batch_hooks) if watched else BatchHooks((), more=ALWAYS)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Opens the reader on batches that can still prove something."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from lightning_interp.callbacks._points import Points, choose_points, is_stream
 from lightning_interp.callbacks._stream import StreamedSamples
 from lightning_interp.callbacks.base import OnError
 from lightning_interp.callbacks.samples import check_samples
+from lightning_interp.callbacks.schedule import BatchHooks
 from lightning_interp.errors import ArgumentError
 from lightning_interp.functional.embeddings import EmbeddingPlace
 from lightning_interp.functional.separation import separation
@@ -186,10 +187,11 @@ class EmbeddingProjection(PeriodicCallback):
         if self._stream is not None:
             self._stream.keep(pl_module, batch)
 
-    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> Collection[str]:
+    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> BatchHooks:
         """Those of a batch that is due; of a stream, all."""
-        streams = self._stream is not None
-        return self._batch_hooks if streams else super().batch_hooks(trainer, batch_idx, step, stepping=stepping)
+        if self._stream is not None:
+            return BatchHooks(self._batch_hooks)
+        return super().batch_hooks(trainer, batch_idx, step, stepping=stepping)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the number where the callbacks that monitor look for it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ from lightning_interp.callbacks._lightning import LightningModule, Trainer
 from lightning_interp.callbacks._ranks import refuse_sharded
 from lightning_interp.callbacks._start import StartWeights
 from lightning_interp.callbacks.base import InterpCallback, OnError
+from lightning_interp.callbacks.schedule import BatchHooks
 from lightning_interp.callbacks.session import Session
 from lightning_interp.functional.filters import filter_numbers
 from lightning_interp.functional.undisturbed import undisturbed
@@ -144,9 +145,9 @@ class FilterGrid(InterpCallback):
         if self.scheduled("on_train_batch_end", trainer):
             self._show_once(trainer, step=self.step_of(trainer))
 
-    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> Collection[str]:
+    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> BatchHooks:
         """Those of a batch that the schedule makes due."""
-        return self._batch_hooks if stepping and self.step_due(trainer, step) else ()
+        return self.scheduled_hooks(trainer, step, stepping=stepping)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shows the filters after a due epoch."""

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lightning_interp._options import check_positive_int
 from lightning_interp.errors import ArgumentError
 
 FALLBACK_STEPS = 500
+ALWAYS = 10**9  # batches
 _A_DOUBLING = 5  # probes while the number of steps doubles
+
+
+class BatchHooks(NamedTuple):
+    """In which hooks of a training batch there is something to do.
+
+    Attributes:
+        names: Of the hooks.
+        more: For so many batches after this one, in the same epoch, it is the same, if none but these are called and no
+            gradients are accumulated; 0 is always right, and costs some microseconds a batch.
+    """
+
+    names: Collection[str]
+    more: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,15 @@ class Schedule:
     def may_be_due(self, step: int) -> bool:
         """Whether the end of this step can be due, be the epoch endless or not."""
         return (step + 1) % (self.every_n_train_steps or FALLBACK_STEPS) == 0
+
+    def quiet(self, step: int) -> int:
+        """So many steps right after this one can't be due.
+
+        Example:
+            >>> Schedule(None, 100).quiet(0), Schedule(None, 100).quiet(98)
+            (98, 0)
+        """
+        return (-step - 2) % (self.every_n_train_steps or FALLBACK_STEPS)
 
     def step_due(self, step: int, *, endless: bool) -> bool:
         """Whether the end of this step (from 0) is due.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from lightning_interp.callbacks._ranks import is_sharded
 from lightning_interp.callbacks._readings import Movement, agree, movement, same_batch
 from lightning_interp.callbacks._updates import parameter_layers
 from lightning_interp.callbacks.base import InterpCallback, OnError
-from lightning_interp.callbacks.schedule import thinning_due
+from lightning_interp.callbacks.schedule import BatchHooks, thinning_due
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 _FETCH_EARLY, _FETCH_LATE = 10, 50
 # On a GPU they are sent so many steps before: it never runs out of work while the host reads them.
 _AHEAD = 2
+_LOOK_AHEAD = 40  # steps in which the next probe is looked for at once
 _OF_EACH_BATCH = ("on_train_batch_end",)
 # Most values that wait, whatever the number of micro-batches in a step.
 _MOST_WAITING = 512
@@ -162,9 +163,13 @@ class TrainingDynamics(InterpCallback):
 
     # ------------------------------------------------------------------ one batch
 
-    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> Collection[str]:
+    def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> BatchHooks:
         """Those of a batch that is probed; of all others the loss, at their end."""
-        return self._batch_hooks if self._prober.busy or self._probes(trainer, step) else _OF_EACH_BATCH
+        if self._prober.busy or self._probes(trainer, step):
+            return BatchHooks(self._batch_hooks)
+        following = range(step + 1, step + 1 + _LOOK_AHEAD)
+        quiet = next((i for i, later in enumerate(following) if self._probes(trainer, later)), _LOOK_AHEAD)
+        return BatchHooks(_OF_EACH_BATCH, more=quiet)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Arms the probes on batches that are due and end in an optimizer step."""
@@ -195,9 +200,10 @@ class TrainingDynamics(InterpCallback):
         scale = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
         if loss is not None:
             self._backlog.add("loss", step, {"loss": loss}, scale=scale, ends=not accumulates(trainer))
-        self._prober.finish(trainer, pl_module, None if loss is None else (loss, scale), batch)
-        if self._prober.problem:
-            self.say_once(self._prober.problem)
+        if self._prober.busy:
+            self._prober.finish(trainer, pl_module, None if loss is None else (loss, scale), batch)
+            if self._prober.problem:
+                self.say_once(self._prober.problem)
         self._fetch(trainer, step)
 
     # ------------------------------------------------------------------ output
@@ -206,6 +212,8 @@ class TrainingDynamics(InterpCallback):
         """Sends what was measured on its way to the host, and reports what was sent, when it is time."""
         every = _FETCH_EARLY if step < self.dense_steps else _FETCH_LATE
         waited, many = step - self._reported_at, len(self._backlog) >= _MOST_WAITING
+        if waited < every - _AHEAD and not many:
+            return
         ahead = _steps_ahead(trainer)
         if ahead and waited >= every - ahead and not self._backlog.sent:
             self._backlog.send()

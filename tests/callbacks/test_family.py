@@ -11,6 +11,7 @@ from pytorch_lightning.trainer.states import TrainerFn, TrainerState
 from lightning_interp.callbacks._family import Family, with_children
 from lightning_interp.callbacks._guarding import HOOKS, IN_BATCH
 from lightning_interp.callbacks.base import InterpCallback
+from lightning_interp.callbacks.schedule import BatchHooks
 from lightning_interp.errors import AlertRaised, InterpWarning
 
 
@@ -80,7 +81,8 @@ def family(*children, name=None):
 @pytest.mark.parametrize("hook", sorted(HOOKS - {"setup"}))
 def test_each_hook_reaches_each_child_once(hook):
     children = Noting("a"), Noting("b")
-    arguments = tuple(list(inspect.signature(getattr(pl.Callback, hook)).parameters)[2:])
+    parameters = list(inspect.signature(getattr(pl.Callback, hook)).parameters)[2:]
+    arguments = tuple(3 if name == "batch_idx" else name for name in parameters)
     getattr(family(*children), hook)(TRAINER, *arguments)
     assert [[call for call in child.calls if call != "parent"] for child in children] == [[(hook, arguments)]] * 2
 
@@ -88,22 +90,22 @@ def test_each_hook_reaches_each_child_once(hook):
 class Picky(Noting):
     """Needs the hooks that it is told to."""
 
-    needs = ()
+    needs, more = (), 0
 
     def batch_hooks(self, trainer, batch_idx, step, *, stepping):
         self.calls.append((batch_idx, step, stepping))
         if self.needs is None:
             raise RuntimeError("no answer")
-        return self.needs
+        return BatchHooks(self.needs, self.more)
 
 
-def _a_batch(parent):
-    parent.on_train_batch_start(TRAINER, "module", "batch", 3)
+def _a_batch(parent, index=3):
+    parent.on_train_batch_start(TRAINER, "module", "batch", index)
     parent.on_before_zero_grad(TRAINER, "module", "optimizer")
     parent.on_before_backward(TRAINER, "module", "loss")
     parent.on_after_backward(TRAINER, "module")
     parent.on_before_optimizer_step(TRAINER, "module", "optimizer")
-    parent.on_train_batch_end(TRAINER, "module", "outputs", "batch", 3)
+    parent.on_train_batch_end(TRAINER, "module", "outputs", "batch", index)
 
 
 def _names(child):
@@ -129,6 +131,20 @@ def test_the_children_are_asked_anew_for_each_batch_and_each_fit():
     child.needs = ()
     _a_batch(parent)
     assert len(_names(child)) == len(IN_BATCH)
+
+
+def test_an_answer_holds_for_as_many_batches_as_the_child_says_and_no_longer_than_to_the_next_hook():
+    child, other = Picky("child"), Picky("other")
+    child.more, other.more = 2, 5
+    parent = family(child, other)
+    for index in range(5):
+        _a_batch(parent, index)
+    assert [call[0] for call in child.calls] == [0, 3]
+    parent.on_validation_start(TRAINER, "module")
+    _a_batch(parent, 5)
+    assert child.calls[-2:] == [("on_validation_start", ("module",)), (5, 7, True)]
+    _a_batch(parent, 0)  # of another epoch, whose start nobody said
+    assert child.calls[-1] == (0, 7, True)
 
 
 def test_a_child_that_gives_no_answer_gets_all():
