@@ -28,10 +28,10 @@ class DeadFilters(InterpCallback):
     """Counts filters whose activation is zero at every position of every input of a window.
 
     What a filter and its activation are for each kind of network stands in `functional/tracing.py`. The first window
-    holds what the training forward sees before the first update; a filter dead in it is *born dead*. Later ones are a
-    validation run, or a training epoch or `window_steps` steps, whichever is shorter. Exact over all batches and ranks;
-    no cost once all filters are proven alive. Where the non-linearity has no exact zero, *dormant* units are counted
-    too (Sokar et al. 2023).
+    holds what the training forward sees before the first update; a filter dead in it and ever since is *born dead*.
+    Later ones are a validation run, or a training epoch or `window_steps` steps, whichever is shorter. Exact over all
+    batches and ranks; no cost once all filters are proven alive. Where the non-linearity has no exact zero, *dormant*
+    units are counted too (Sokar et al. 2023).
 
     A compiled model can't be watched while it runs: there the fixed samples are passed through it eagerly at the end of
     each window, and the counts are exact over these. So it is with layers that never come by, since a compiled function
@@ -50,6 +50,7 @@ class DeadFilters(InterpCallback):
     measures: ClassVar[tuple[str, ...]] = (
         "dead_filters",
         "dead_fraction",
+        "born_dead_fraction",
         "dormant_fraction",
         "num_filters",
         "pruned_dead",
@@ -329,6 +330,10 @@ class DeadFilters(InterpCallback):
         counts = {layer: float(mask.sum()) for layer, mask in dead.items()}
         self.log_layers(trainer, "dead_filters", counts, step=step)
         self.log_layers(trainer, "dead_fraction", {n: c / dead[n].numel() for n, c in counts.items()}, step=step)
+        for layer, mask in dead.items():
+            if first or self.notebook(trainer).get("born_dead_fraction", layer).last is not None:
+                share = len(self.lifelines.dead_since_birth(layer)) / mask.numel()
+                self.notebook(trainer).record("born_dead_fraction", share, step=step, layer=layer)
         dormant = {n: (s <= self.dormant_threshold).double().mean().item() for n, s in scores.items()}
         self.log_layers(trainer, "dormant_fraction", dormant, step=step)
         if dead:

@@ -93,6 +93,14 @@ class Lifelines:
         """Filters that were dead before the first update."""
         return sorted(self._lives[layer].born_dead)
 
+    def dead_since_birth(self, layer: str) -> list[int]:
+        """Filters that have been dead in every window, the one before the first update included.
+
+        One that is silent in that window, which is a single batch, and fires in a later one was not born dead.
+        """
+        life = self._lives[layer]
+        return sorted((life.dead & life.born_dead) - life.revived)
+
     def died_between(self, layer: str) -> dict[int, tuple[int, int]]:
         """Filter to (a, b] for those that are dead now and were alive before: they died after step a, by step b."""
         return dict(sorted(self._lives[layer].died_between.items()))

@@ -25,7 +25,8 @@ class Share(NamedTuple):
         severity: Reached by `now`.
         now: Smaller one of the shares of the last two windows (at the end: the last one), in [0, 1], without filters
             that were pruned.
-        born: Share in the window before the first update; None if that was not seen.
+        born: Share that has done no work in any window, the one before the first update included; where that is not
+            recorded, the share in that one; None if it was not seen.
         since: Step of the first window from which on the share never fell below the lowest threshold.
         cause: Likeliest cause, None if unknown.
         alternatives: Other causes.
@@ -68,10 +69,18 @@ def find_shares(
         if now <= 0 or severity is None:
             continue
         points = history.finite(quantity, layer)
-        born = points[0].value if points[0].step == 0 else None
+        born = _born(history, quantity, layer)
         below = [i for i, point in enumerate(points) if point.value < min(thresholds[0], now)]
         since = points[below[-1] + 1].step if below and below[-1] + 1 < len(points) else points[0].step
         yield Share(layer, severity, now, born, since, *_cause(history, now, born, jumped))
+
+
+def _born(history: History, quantity: str, layer: str) -> float | None:
+    lasting = history.get(f"born_{quantity}", layer).last
+    if lasting is not None:
+        return lasting.value
+    first = history.finite(quantity, layer)[0]
+    return first.value if first.step == 0 else None
 
 
 def _cause(history: History, now: float, born: float | None, jumped: bool) -> tuple[str | None, list[str]]:

@@ -21,13 +21,14 @@ class DeadFiltersRule(Rule):
 
     A filter is dead if it is zero at every position of every input of the window, so this does not mistake the
     sparsity of a healthy layer for death. Filters that `torch.nn.utils.prune` took out whole don't count. The cause,
-    for the greater part of the dead: dead already before the first update, or after a bad start -> inputs (if these
-    are off), initialisation or bias; died after the loss had leapt up in the first steps -> learning rate; else
-    unknown. Does not need a cross-entropy, or any particular loss.
+    for at least half of the dead: dead in every window since before the first update, or after a bad start -> inputs
+    (if these are off), initialisation or bias; died after the loss had leapt up in the first steps -> learning rate;
+    else unknown. Does not need a cross-entropy, or any particular loss.
 
     Source: CS231n; Lu et al. 2019. Measured by `benchmarks/diagnosis` against a count over all images: found 66 of 66
     runs with a quarter of a layer dead or more, and no other; on other networks, data and optimizers 38 of 39, and no
-    other. Born dead is told from killed by the first window.
+    other. Born dead are those that are dead in every window: the first one is a single batch, and of the filters that
+    are silent in it some fire later.
 
     Attributes:
         info: Share in [0, 1] that is worth a note.
@@ -37,7 +38,8 @@ class DeadFiltersRule(Rule):
 
     name: ClassVar[str] = "dead_filters"
     needs: ClassVar[tuple[str, ...]] = (
-        "dead_fraction", "num_filters", "loss", "loss_before", "loss_after", "learning_rate", "input_mean", "input_std",
+        "dead_fraction", "born_dead_fraction", "num_filters", "loss", "loss_before", "loss_after", "learning_rate",
+        "input_mean", "input_std",
     )  # fmt: skip
 
     info: float = 0.05
@@ -51,7 +53,7 @@ class DeadFiltersRule(Rule):
         """One alert for each layer concerned."""
         thresholds = (self.info, self.warning, self.critical)
         for share in find_shares(history, "dead_fraction", self.name, thresholds, active):
-            born = "" if share.born is None else f"; before the first update it was {100 * share.born:.0f} %"
+            born = "" if share.born is None else f"; {100 * share.born:.0f} % since before the first update"
             evidence = {"dead_fraction": share.now, "since_step": float(share.since)}
             if share.born is not None:
                 evidence["born_dead_fraction"] = share.born

@@ -77,6 +77,19 @@ def test_filters_are_born_dead_die_and_revive(split, expected):
     assert watcher.lifelines.died_between("first") == died
 
 
+def test_the_share_that_was_dead_ever_since_is_kept_for_the_rules():
+    """One of four is born dead, and revived after step 8; what dies later never counts."""
+    shares = []
+
+    class Look(pl.Callback):
+        def on_train_end(self, trainer, pl_module):
+            series = Session.of(trainer).history.get("born_dead_fraction", "first")
+            shares.extend(zip(series.steps, series.values, strict=True))
+
+    check(plain(), split="train", val=loader(4), epochs=4, callbacks=[Script(**SCRIPT), Look()])
+    assert shares == [(0, 0.25), (2, 0.25), (5, 0.25), (8, 0.25), (11, 0.0)]
+
+
 class Save(pl.Callback):
     """Keeps a checkpoint at a step, from one of Lightning's hooks."""
 

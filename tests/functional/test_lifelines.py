@@ -58,6 +58,15 @@ def test_events_tell_the_whole_story(windows):
     assert set(lines.died_between("a")) | set(lines.born_dead("a")) >= windows[-1]
 
 
+@given(WINDOWS)
+def test_dead_since_birth_is_dead_in_every_window(windows):
+    """By brute force; not so for what is silent in the first window by chance."""
+    lines = Lifelines()
+    for step, dead in enumerate(windows):
+        lines.update("a", sorted(dead), step=step, first=step == 0)
+        assert lines.dead_since_birth("a") == sorted(frozenset.intersection(*windows[: step + 1]))
+
+
 @given(WINDOWS, WINDOWS)
 def test_state_goes_on_as_if_nothing_had_been(before, after):
     """Through JSON, since it is plain Python; then both go on the same way."""

@@ -84,9 +84,19 @@ class TestBoth:
 def test_the_message_has_the_numbers_and_the_step():
     (alert,) = check(DeadFiltersRule(), shares("dead_fraction", [0.0, 0.0, 0.5, 0.5]))
     assert alert.message == (
-        "8 of 16 filters (50 %) of conv1 are dead since step 100 or earlier; before the first update it was 0 %."
+        "8 of 16 filters (50 %) of conv1 are dead since step 100 or earlier; 0 % since before the first update."
     )
     assert alert.evidence == {"dead_fraction": 0.5, "since_step": 100.0, "born_dead_fraction": 0.0}
+
+
+@pytest.mark.parametrize(("since_birth", "cause"), [(0.25, "initialisation"), (0.2, None)])
+def test_what_is_silent_in_the_first_batch_and_fires_later_is_not_born_dead(since_birth, cause):
+    """Half of the dead or more must have been dead in every window."""
+    history = shares("dead_fraction", [0.5, 0.5, 0.5])
+    write(history, "born_dead_fraction", [0.5, since_birth, since_birth], layer="conv1", every=50)
+    (alert,) = check(DeadFiltersRule(), history)
+    assert alert.cause == cause
+    assert alert.evidence["born_dead_fraction"] == since_birth
 
 
 def test_without_a_window_before_the_first_update_nothing_is_said_of_birth():
