@@ -74,8 +74,9 @@ def _f1(runs: Sequence[Labelled], said: Mapping[str, Sequence[bool]], rule: str,
 
 
 def tune(directory: Path, jobs: int = 2) -> str:
-    """The table, from the histories of a finished suite."""
-    runs = [run for run in label_all(read_records(directory), read_plan(directory)) if not is_held_out(run.spec)]
+    """The table, from the histories of a finished suite; without the long versions, which take most of the time."""
+    labelled = label_all(read_records(directory), read_plan(directory))
+    runs = [run for run in labelled if not is_held_out(run.spec) and not run.spec.long]
     rows = []
     with ProcessPoolExecutor(jobs) as pool:
         said = dict(zip([run.spec.key for run in runs], pool.map(partial(_ask, directory), runs), strict=True))
