@@ -10,22 +10,22 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_interp._options import check_choice, check_positive_int, check_strings, expected, select, spread
+from lightning_interp._options import check_choice, check_positive_int, check_strings, expected, select
 from lightning_interp.callbacks import _ranks
 from lightning_interp.callbacks._guarding import HOOKS, IN_BATCH, STATE, guarded, guarded_state
-from lightning_interp.callbacks._lightning import CallbackBase, LightningModule, Trainer, accumulates, axis_step
+from lightning_interp.callbacks._lightning import LightningModule, Trainer, accumulates, axis_step
+from lightning_interp.callbacks._output import Output
 from lightning_interp.callbacks.batches import UnreadableError
 from lightning_interp.callbacks.schedule import ALWAYS, BatchHooks, Schedule
 from lightning_interp.callbacks.session import Session
 from lightning_interp.errors import InterpWarning
-from lightning_interp.records import Image, Record, Scalar
-from lightning_interp.rules.history import History
+from lightning_interp.records import Scalar
 
 OnError = Literal["warn", "raise"]
 
@@ -34,7 +34,7 @@ def _all_batch_hooks(callback: InterpCallback, *args: Any, **kwargs: Any) -> Bat
     return BatchHooks(callback._batch_hooks, more=ALWAYS)
 
 
-class InterpCallback(CallbackBase):
+class InterpCallback(Output):
     """Common to all callbacks; not for use by itself.
 
     Class attributes:
@@ -95,7 +95,6 @@ class InterpCallback(CallbackBase):
         self.max_layers = max_layers
         self.name = name
         self.on_error = on_error
-        self.quiet = False  # measures for `Alerts` only: numbers go to the history, nothing to the loggers
         self.resting = False
         self.spared = False  # by whoever holds it: what is due now is left out; the same on all ranks
         self.seconds = 0.0
@@ -103,8 +102,6 @@ class InterpCallback(CallbackBase):
         self._depth = 0
         self._met = False  # whether the ranks have met within the current hook
         self._agreed_to_rest = False
-        self._aside = History()
-        self._outbox: list[Record] = []
         self._said: set[str] = set()
 
     # ------------------------------------------------------------------ identity and state
@@ -121,8 +118,7 @@ class InterpCallback(CallbackBase):
         if stage == "fit":
             self.resting = self._agreed_to_rest = False
             self._said.clear()
-            self._outbox.clear()
-            self._aside = History()
+            self.forget_output()
             self.seconds = 0.0
             Session.begin(trainer, pl_module)
 
@@ -228,6 +224,14 @@ class InterpCallback(CallbackBase):
         """Adds what it took outside the hooks of Lightning: inside the forward."""
         self.seconds += seconds
 
+    def log_cost(self, trainer: Trainer, *, step: int) -> None:
+        """Logs the seconds that this callback has taken since the fit began; the last that a hook does."""
+        self.flush(trainer)  # what it takes to write pictures counts too
+        self.write(
+            trainer,
+            [Scalar(tag=f"interp.cost{self._suffix}/{type(self).__name__}", step=step, value=self.cost, unit="s")],
+        )
+
     def wait_for_training(self, trainer: Trainer) -> None:
         """Called before values are fetched from a GPU, which has to do what the training has queued first.
 
@@ -275,106 +279,6 @@ class InterpCallback(CallbackBase):
     def step_of(self, trainer: Trainer) -> int:
         """Step on the axis of `self.log`; 0 before training."""
         return axis_step(trainer)
-
-    # ------------------------------------------------------------------ output
-
-    def notebook(self, trainer: Trainer) -> History:
-        """Where numbers for the rules go: the history of the run, or one aside if another of its class has that."""
-        session = Session.of(trainer)
-        return session.history if session.owns_history(self) else self._aside
-
-    def write(self, trainer: Trainer, records: Iterable[Record]) -> None:
-        """Hands records to the loggers at the end of the current hook, all at once, unless the callback is quiet."""
-        if not self.quiet and trainer.is_global_zero:
-            self._outbox.extend(records)
-
-    def flush(self, trainer: Trainer) -> None:
-        """Hands over what waits; called at the end of each hook."""
-        if self._outbox:
-            records, self._outbox = self._outbox, []
-            Session.of(trainer).write(trainer, records)
-
-    def _flush_quietly(self, trainer: Trainer) -> None:
-        """What was found must be on record before an error that the user asked for ends the run."""
-        with contextlib.suppress(Exception):
-            self.flush(trainer)
-
-    def tag(self, quantity: str, suffix: str = "") -> str:
-        """`interp/<quantity><suffix>`, the tag of a number for the whole model."""
-        return f"interp{self._suffix}/{quantity}{suffix}"
-
-    @property
-    def _suffix(self) -> str:
-        return f".{self.name}" if self.name else ""
-
-    def log_layers(  # noqa: PLR0913
-        self,
-        trainer: Trainer,
-        quantity: str,
-        values: Mapping[str, float],
-        *,
-        step: int,
-        unit: str = "",
-        note: bool = True,
-    ) -> None:
-        """Logs one number per layer: all to the history, those of `max_layers` layers to the loggers.
-
-        Args:
-            trainer: The running trainer.
-            quantity: As in the tags, see `provides`.
-            values: Layer to number.
-            step: Step on the axis of `self.log`.
-            unit: Unit of the numbers.
-            note: Whether the rules may read it.
-        """
-        session = Session.of(trainer)
-        if note:
-            for layer, value in values.items():
-                self.notebook(trainer).record(quantity, value, step=step, layer=layer)
-        shown = spread(list(values), self.max_layers)
-        self.write(
-            trainer,
-            [
-                Scalar(tag=session.layer_tag(quantity, layer, self.name), step=step, value=values[layer], unit=unit)
-                for layer in shown
-            ],
-        )
-
-    def log_number(  # noqa: PLR0913
-        self, trainer: Trainer, quantity: str, value: float, *, step: int, unit: str = "", note: bool = False
-    ) -> None:
-        """Logs one number for the whole model, as `interp/<quantity>`."""
-        if note:
-            self.notebook(trainer).record(quantity, value, step=step)
-        self.write(trainer, [Scalar(tag=self.tag(quantity), step=step, value=value, unit=unit)])
-
-    def log_pictures(self, trainer: Trainer, quantity: str, pictures: Mapping[str, Any], *, step: int) -> None:
-        """Logs one picture per layer, for `max_layers` layers.
-
-        Args:
-            trainer: The running trainer.
-            quantity: As in the tags, see `provides`.
-            pictures: Layer to (H, W, 3) uint8, or to a function that draws it: what is not shown costs nothing.
-            step: Step on the axis of `self.log`.
-        """
-        session = Session.of(trainer)
-        for layer in spread(list(pictures), self.max_layers):
-            picture = pictures[layer]
-            pixels = picture() if callable(picture) else picture
-            self.write(trainer, [Image(tag=session.layer_tag(quantity, layer, self.name), step=step, pixels=pixels)])
-
-    def log_cost(self, trainer: Trainer, *, step: int) -> None:
-        """Logs the seconds that this callback has taken since the fit began; the last that a hook does."""
-        self.flush(trainer)  # what it takes to write pictures counts too
-        self.write(
-            trainer,
-            [Scalar(tag=f"interp.cost{self._suffix}/{type(self).__name__}", step=step, value=self.cost, unit="s")],
-        )
-
-    def publish(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
-        """Puts numbers into `trainer.callback_metrics`, where EarlyStopping and ModelCheckpoint look."""
-        for key, value in metrics.items():
-            trainer.callback_metrics[key] = torch.tensor(value, dtype=torch.float32)
 
     def choose_layers(self, available: Sequence[str]) -> list[str]:
         """Applies the option `layers`."""
