@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks import attribution
 from benchmarks.overhead import __main__ as command
-from benchmarks.overhead import fits, goals, machine, ours, peers, start, steps, table, timing, tools, turns
+from benchmarks.overhead import fits, goals, gpu_fits, machine, ours, peers, start, steps, table, timing, tools, turns
 from benchmarks.overhead.direct import listening
 from benchmarks.overhead.models import CASES, Case, kill, runnable
 from benchmarks.overhead.watch import NothingMeasuredError, UnavailableError, Watch, finite, load, require
@@ -384,6 +384,34 @@ def test_fit_without_the_callbacks_is_shorter_and_its_time_is_scaled_up(monkeypa
     monkeypatch.setattr(fits, "reported", lambda folder, interp: {})
     cost = fits.measure(TINY, epochs=5, steps=1)
     assert (cost.plain, cost.watched) == (52.0, 60.0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fit_of_a_gpu_is_measured_stretch_by_stretch():
+    """On a CPU here: 50 dense steps and 10 more, two epochs; moments are in order and all of the fit is in them."""
+    found = gpu_fits.measure(TINY, epochs=2, steps=60)
+    assert found.steps == [50, 10]
+    assert [len(epoch) for epoch in found.watched] == [3, 3]
+    assert min(map(min, found.watched)) > 0
+    assert found.step > 0
+    assert found.end > 0
+    assert {"TrainingDynamics", "DeadFilters"} <= found.reported.keys()
+
+
+def test_stretches_of_a_gpu_by_hand():
+    watched = [[0.20, 0.12, 3.0], [0.10, 0.22, 2.0], [0.10, 0.20, 3.0]]
+    found = gpu_fits.GpuFit(1e-3, 0.5, watched, [100, 100], {"A": 0.42, "B": 1.05})
+    assert [line[1:] for line in gpu_fits.rows(TINY, found)] == [
+        ["a step without", "1.0 ms", ""],
+        ["first epoch, steps 1 to 100", "100 %", "<= 1 %: **not met**"],
+        ["first epoch, steps 101 to 200", "20 %", "<= 1 %: **not met**"],
+        ["later epochs, steps 1 to 100", "0 %", "<= 1 %: met"],
+        ["later epochs, steps 101 to 200", "110 %", "<= 1 %: **not met**"],
+        ["the end of an epoch, more than without", "2.17 s", ""],
+        ["whole fit, 3 epochs of 200 steps", "326 %", "<= 1 %: **not met**"],
+        ["of it, `interp.cost/B`", "50 %", ""],
+        ["of it, `interp.cost/A`", "20 %", ""],
+    ]
 
 
 def test_shares_of_a_fit_are_of_the_time_without_the_callbacks():
