@@ -36,7 +36,8 @@ def read_history(directory: Path, key: str) -> History:
 def replay(records: Iterable[dict[str, Any]], directory: Path) -> list[dict[str, Any]]:
     """The records with the alerts that the present default rules would have raised.
 
-    Exact only for what does not depend on facts noted late in the run: these are known from the beginning here.
+    Exact only for what does not depend on facts noted late in the run, which are known from the beginning here, and as
+    long as a history keeps each loss: of more than a thousand steps the older ones are means of neighbours.
     """
     return [
         {**record, "alerts": judge(read_history(directory, record["key"]), default_rules(), record["steps"])}

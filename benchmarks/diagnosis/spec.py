@@ -50,6 +50,8 @@ class Spec:
         values = asdict(self)
         if self.remedy == "none":
             del values["remedy"]  # runs that were kept before there were remedies keep their keys
+        if self.long:
+            values["watched"] = True  # at first they were trained without callbacks
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     @property

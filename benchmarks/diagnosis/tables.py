@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.diagnosis.cells import is_held_out
+from benchmarks.diagnosis.cells import ALONE, is_held_out
 from benchmarks.diagnosis.labels import LABELLED, Labelled, label_all
 from benchmarks.diagnosis.score import (
     Interval,
@@ -73,16 +73,16 @@ def _summary(runs: Sequence[Labelled], records: Sequence[Mapping[str, Any]]) -> 
         ["runs judged; trained in all", f"{len(runs)}; {len(records)} ({minutes:.0f} process minutes)"],
         ["healthy; faulty; ambiguous", f"{healthy} ({100 * healthy / total:.0f} %); {kinds[True]}; {kinds[None]}"],
         ["healthy runs with a false alarm", percent(false_alarms(runs))],
-        ["of them long versions, and runs without a ladder", percent(false_alarms(filter(_is_extra, runs)))],
+        ["of them long versions, and runs without a ladder", percent(false_alarms(filter(is_extra, runs)))],
         ["right primary cause, of the faulty runs in which something was said", percent(causes(runs))],
         ["too-high rate that strikes within 50 steps, named by step 100", percent(named_soon(runs))],
     ]
     return "## Summary\n\n" + table(["what", "how many"], rows)
 
 
-def _is_extra(run: Labelled) -> bool:
-    """Whether it is there for the sake of healthy runs; no threshold was chosen on such."""
-    return run.spec.long or run.progress is None
+def is_extra(run: Labelled) -> bool:
+    """Whether it is a long version or has no ladder: no threshold was chosen on such."""
+    return run.spec.long or run.spec.seed in ALONE
 
 
 def _rules(runs: Sequence[Labelled]) -> str:

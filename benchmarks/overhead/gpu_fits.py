@@ -27,7 +27,7 @@ from benchmarks.overhead.models import Case
 from lightning_interp import Interp
 
 _POOL = 1024  # different images
-_DENSE, _THINNING = 50, 150  # steps that are all probed, and those after which probes come at their final distance
+_DENSE, _THINNING = 50, 150  # steps that are all probed, and those after which few are
 _WARM = 20  # steps of the fit without, before those that count
 _GOAL = goals.percent(0.01)
 
@@ -62,6 +62,7 @@ class Stretches(pl.Callback):
 
     def __init__(self, marks: Sequence[int]) -> None:
         self.marks = marks
+        self.begin: list[float] = []  # before and after what comes before the first step
         self.moments: list[list[float]] = []  # of each epoch; the last one of each is the end of all that follows it
 
     def _now(self) -> float:
@@ -69,9 +70,14 @@ class Stretches(pl.Callback):
             torch.cuda.synchronize()
         return time.perf_counter()
 
+    def on_train_start(self, *args: Any) -> None:
+        self.begin.append(self._now())
+
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
         if index == 0:
             self._end_epoch()
+            if not self.moments:
+                self.begin.append(self._now())
             self.moments.append([])
         if index in self.marks:
             self.moments[-1].append(self._now())
@@ -99,6 +105,7 @@ class GpuFit:
     Attributes:
         step: Of a step without the callbacks.
         end: Of the end of an epoch without them.
+        begin: Of what comes before the first step with them, from `on_train_start` on.
         watched: Of each epoch with them, and in it of each stretch.
         steps: Of each stretch.
         reported: Callback to the seconds that it logs itself as `interp.cost`.
@@ -106,6 +113,7 @@ class GpuFit:
 
     step: float
     end: float
+    begin: float
     watched: list[list[float]]
     steps: list[int]
     reported: dict[str, float]
@@ -157,7 +165,8 @@ def measure(case: Case, epochs: int, steps: int) -> GpuFit:
     *_, stretch, end = plain.seconds(1)
     each = stretch / (short - _WARM if short > _WARM else short)
     lengths = [b - a for a, b in pairwise([*marks, steps])]
-    return GpuFit(each, end, [watched.seconds(epoch) for epoch in range(epochs)], lengths, costs)
+    begin = watched.begin[1] - watched.begin[0]
+    return GpuFit(each, end, begin, [watched.seconds(epoch) for epoch in range(epochs)], lengths, costs)
 
 
 def rows(case: Case, found: GpuFit) -> list[list[str]]:
@@ -165,6 +174,7 @@ def rows(case: Case, found: GpuFit) -> list[list[str]]:
     first, later = slice(0, 1), slice(1, None)
     names = [f"{a + 1} to {a + n}" for a, n in zip(accumulate([0, *found.steps]), found.steps, strict=False)]
     lines = [[case.name, "a step without", table.duration(found.step), ""]]
+    lines.append([case.name, "before the first step", table.duration(found.begin), ""])
     for epochs, which in ((first, "first epoch"), (later, "later epochs")):
         for stretch, name in enumerate(names):
             if found.watched[epochs]:
@@ -172,7 +182,7 @@ def rows(case: Case, found: GpuFit) -> list[list[str]]:
                 lines.append([case.name, f"{which}, steps {name}", table.share(share), _GOAL.verdict(share)])
     ends = statistics.mean(epoch[-1] for epoch in found.watched) - found.end
     lines.append([case.name, "the end of an epoch, more than without", table.duration(ends), ""])
-    whole = sum(map(sum, found.watched)) / found.total - 1
+    whole = (found.begin + sum(map(sum, found.watched))) / found.total - 1
     title = f"whole fit, {len(found.watched)} epochs of {sum(found.steps)} steps"
     lines.append([case.name, title, table.share(whole), _GOAL.verdict(whole)])
     for name in sorted(found.reported, key=found.reported.__getitem__, reverse=True):

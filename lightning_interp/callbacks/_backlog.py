@@ -1,4 +1,4 @@
-"""Measured values that wait on the device, so that many are fetched at once and no step waits for the device."""
+"""Measured values that wait on the device, so that many are fetched at once, and few steps wait for the device."""
 
 from __future__ import annotations
 
@@ -57,6 +57,11 @@ class Backlog:
     def sent(self) -> bool:
         """Whether something is on its way."""
         return self._parcel is not None
+
+    def wait(self) -> None:
+        """Until what was sent has arrived."""
+        if self._parcel is not None:
+            self._parcel.wait()
 
     def take_sent(self) -> list[Item]:
         """The items that were sent, with their values, oldest first; waits for those that have not arrived."""

@@ -83,7 +83,8 @@ class Family(InterpCallback):
         self.children: list[InterpCallback] = []
         self._forwarded = ""  # the hook that is being passed on
         self._asked: dict[str, list[InterpCallback]] | None = None  # hook of this batch to the children that need it
-        self._same = _NONE  # batches for which the answers hold too
+        self._same = _NONE  # batches for which the answers hold too,
+        self._same_step = 0  # up to this step: where the user takes the batches from the loader, their count may stand
         self._due: Collection[str] = ()  # hooks of this batch in which the family itself has something to do
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -109,12 +110,15 @@ class Family(InterpCallback):
 
     def _ask(self, trainer: Trainer, batch_idx: int) -> None:
         """A batch begins. On most of them nothing is due, and then none of six hooks of each child is called."""
-        if batch_idx in self._same or not fits(trainer):
+        if not fits(trainer):
+            return
+        step = axis_step(trainer)
+        if batch_idx in self._same and step <= self._same_step:
             return
         started = self.clock()
-        answer = self.batch_hooks(trainer, batch_idx, axis_step(trainer), stepping=not accumulates(trainer))
+        answer = self.batch_hooks(trainer, batch_idx, step, stepping=not accumulates(trainer))
         more = answer.more if trainer.accumulate_grad_batches == 1 else 0
-        self._same = range(batch_idx + 1, batch_idx + 1 + more)
+        self._same, self._same_step = range(batch_idx + 1, batch_idx + 1 + more), step + more
         self.seconds += self.clock() - started
 
     def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> BatchHooks:
@@ -124,9 +128,9 @@ class Family(InterpCallback):
         for child in self.children:
             try:
                 names, child_more = child.batch_hooks(trainer, batch_idx, step, stepping=stepping)
+                more = min(more, child_more)
             except Exception:  # whatever is wrong will be said by the hook itself, inside its guard
-                names, child_more = child._batch_hooks, 0
-            more = min(more, child_more)
+                names, more = child._batch_hooks, 0
             for name in names:
                 asked.setdefault(name, []).append(child)
         self._asked = asked

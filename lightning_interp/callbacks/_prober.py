@@ -45,10 +45,11 @@ class Prober:
     def start(self, trainer: Any, model: nn.Module, *, due: bool) -> None:
         """A batch begins; arms the probes if one is due and the batch ends in an optimizer step."""
         self.drop()  # a batch that the user's hook skipped has no end
-        if due:
+        sharded = is_sharded(trainer)
+        if due and not sharded:
             self._waiting = {id(optimizer) for optimizer in trainer.optimizers}
             self._patience = _PATIENCE
-        if not self._waiting or accumulates(trainer) or is_sharded(trainer):
+        if not self._waiting or sharded or accumulates(trainer):
             return
         self._patience -= 1
         self._updates = UpdateProbe(model, trainer.optimizers)

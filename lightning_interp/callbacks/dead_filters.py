@@ -320,10 +320,13 @@ class DeadFilters(InterpCallback):
     ) -> None:
         session = Session.of(trainer)
         news: list[FilterEvent] = []
+        pruned: dict[str, set[int]] = {}
         for layer, mask in dead.items():
             self.notebook(trainer).note("num_filters", mask.numel(), layer=layer)
-            if (pruned := pruned_filters(session.observer.model, layer)) is not None:
-                self.notebook(trainer).note("pruned_dead", float((mask & pruned).sum()), layer=layer)
+            pruned[layer] = set()
+            if (out := pruned_filters(session.observer.model, layer)) is not None:
+                self.notebook(trainer).note("pruned_dead", float((mask & out).sum()), layer=layer)
+                pruned[layer] = set(out.nonzero().flatten().tolist())
             news += self.lifelines.update(layer, mask.nonzero().flatten().tolist(), step=step, first=first)
         if session.owns_history(self):
             session.dead = self.dead
@@ -331,9 +334,9 @@ class DeadFilters(InterpCallback):
         self.log_layers(trainer, "dead_filters", counts, step=step)
         self.log_layers(trainer, "dead_fraction", {n: c / dead[n].numel() for n, c in counts.items()}, step=step)
         for layer, mask in dead.items():
-            if first or self.notebook(trainer).get("born_dead_fraction", layer).last is not None:
-                share = len(self.lifelines.dead_since_birth(layer)) / mask.numel()
-                self.notebook(trainer).record("born_dead_fraction", share, step=step, layer=layer)
+            if self.lifelines.saw_birth(layer):
+                born = set(self.lifelines.dead_since_birth(layer)) - pruned[layer]
+                self.notebook(trainer).record("born_dead_fraction", len(born) / mask.numel(), step=step, layer=layer)
         dormant = {n: (s <= self.dormant_threshold).double().mean().item() for n, s in scores.items()}
         self.log_layers(trainer, "dormant_fraction", dormant, step=step)
         if dead:

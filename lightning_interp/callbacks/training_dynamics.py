@@ -24,8 +24,6 @@ log = logging.getLogger(__name__)
 
 # Values are fetched from the device so often, in steps: early, where rules must be quick, and later.
 _FETCH_EARLY, _FETCH_LATE = 10, 50
-# On a GPU they are sent so many steps before: it never runs out of work while the host reads them.
-_AHEAD = 2
 _LOOK_AHEAD = 40  # steps in which the next probe is looked for at once
 _OF_EACH_BATCH = ("on_train_batch_end",)
 # Most values that wait, whatever the number of micro-batches in a step.
@@ -101,7 +99,7 @@ class TrainingDynamics(InterpCallback):
         self._partial: list[float] = []
         self._partial_step = -1
         self._median = math.nan
-        self._reported_at = -1
+        self._fetched_at = -1
 
     # ------------------------------------------------------------------ life
 
@@ -117,7 +115,7 @@ class TrainingDynamics(InterpCallback):
         if is_sharded(trainer):
             self.say_once("The weights are split over processes: TrainingDynamics measures only the loss there.")
         self._check_layers(pl_module)
-        self._reported_at = self.step_of(trainer) - 1
+        self._fetched_at = self.step_of(trainer) - 1
         self.notebook(trainer).note("planned_steps", planned_steps(trainer))
         self._report(trainer)
         self._publish(trainer)
@@ -209,17 +207,21 @@ class TrainingDynamics(InterpCallback):
     # ------------------------------------------------------------------ output
 
     def _fetch(self, trainer: Trainer, step: int) -> None:
-        """Sends what was measured on its way to the host, and reports what was sent, when it is time."""
+        """Reports what was measured, when it is time; on a GPU one step later, in which it does not run out of work.
+
+        `Alerts` looks one step after the fetches, and later in the same hook: it knows as much there as elsewhere.
+        """
         every = _FETCH_EARLY if step < self.dense_steps else _FETCH_LATE
-        waited, many = step - self._reported_at, len(self._backlog) >= _MOST_WAITING
-        if waited < every - _AHEAD and not many:
-            return
-        ahead = _steps_ahead(trainer)
-        if ahead and waited >= every - ahead and not self._backlog.sent:
-            self._backlog.send()
-        if waited >= every or many:
-            self._report(trainer, sent=ahead > 0 and not many)
-            self._reported_at = step
+        many = len(self._backlog) >= _MOST_WAITING
+        if step - self._fetched_at >= every or many:
+            self._fetched_at = step
+            if not many and _reads_later(trainer):
+                self._backlog.send()
+                return
+            self._report(trainer)
+            self.log_cost(trainer, step=step)
+        elif self._backlog.sent and step > self._fetched_at:
+            self._report(trainer, sent=True)
             self.log_cost(trainer, step=step)
 
     def _report(self, trainer: Trainer, *, sent: bool = False) -> None:
@@ -230,7 +232,11 @@ class TrainingDynamics(InterpCallback):
             sent: Only what was sent.
         """
         history = self.notebook(trainer)
-        if len(self._backlog) and not sent:
+        if sent:
+            started = self.clock()
+            self._backlog.wait()
+            self._since += self.clock() - started  # as in `wait_for_training`
+        elif len(self._backlog):
             self.wait_for_training(trainer)
         for item in self._backlog.take_sent() if sent else self._backlog.take():
             if item.kind == "loss":
@@ -337,6 +343,6 @@ class TrainingDynamics(InterpCallback):
         self._prober.images_seen = state_dict["images_seen"]
 
 
-def _steps_ahead(trainer: Trainer) -> int:
-    """How many steps before they are read values are sent."""
-    return _AHEAD if trainer.strategy.root_device.type == "cuda" else 0
+def _reads_later(trainer: Trainer) -> bool:
+    """Whether values are on their way for a step before they are read."""
+    return bool(trainer.strategy.root_device.type == "cuda")

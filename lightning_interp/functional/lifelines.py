@@ -16,7 +16,8 @@ class FilterEvent:
     Attributes:
         layer: Name of the layer.
         filter: Index of the filter, from 0.
-        kind: `born_dead` (dead in the window before the first update), `died` or `revived`.
+        kind: `born_dead` (dead in the window before the first update; if by chance, `revived` follows), `died` or
+            `revived`.
         after: Step of the last window in which the filter was still as before; -1 for `born_dead`.
         until: Step at the end of the window in which the change was seen: it happened in (after, until].
     """
@@ -37,6 +38,7 @@ class _Life:
     died_between: dict[int, tuple[int, int]] = field(default_factory=dict)
     revived: set[int] = field(default_factory=set)
     last: int = -1
+    saw_birth: bool = False
 
 
 class Lifelines:
@@ -63,6 +65,7 @@ class Lifelines:
             What changed. A filter that is dead when its layer is first seen, later than that, died in (-1, step].
         """
         life = self._lives.setdefault(layer, _Life())
+        life.saw_birth |= first
         now = set(dead)
         new: list[FilterEvent] = []
         for index in sorted(now - life.dead):
@@ -93,6 +96,10 @@ class Lifelines:
         """Filters that were dead before the first update."""
         return sorted(self._lives[layer].born_dead)
 
+    def saw_birth(self, layer: str) -> bool:
+        """Whether the layer was looked at before the first update."""
+        return self._lives[layer].saw_birth
+
     def dead_since_birth(self, layer: str) -> list[int]:
         """Filters that have been dead in every window, the one before the first update included.
 
@@ -120,6 +127,7 @@ class Lifelines:
                     "died_between": [[index, *span] for index, span in life.died_between.items()],
                     "revived": sorted(life.revived),
                     "last": life.last,
+                    "saw_birth": life.saw_birth,
                 }
                 for layer, life in self._lives.items()
             },
@@ -135,6 +143,7 @@ class Lifelines:
                 died_between={index: (after, until) for index, after, until in life["died_between"]},
                 revived=set(life["revived"]),
                 last=life["last"],
+                saw_birth=life.get("saw_birth", bool(life["born_dead"])),  # not in checkpoints of old
             )
             for layer, life in state["lives"].items()
         }

@@ -11,9 +11,9 @@ from torch import Tensor
 class HostCopy:
     """A tensor on its way to the host.
 
-    On a GPU the copy stands in the queue behind what the tensor needs, and the host goes on. Whoever reads it a step or
-    two later finds it there; reading it at once waits until all of the queue is done, after which the GPU has nothing
-    to do until the host has queued more.
+    On a GPU the copy stands in the queue behind what the tensor needs, and the host goes on. Whoever reads it a step
+    later finds it there, or waits for the step before only; reading it at once waits until all of the queue is done,
+    and then the GPU has nothing to do until the host has queued more.
 
     Args:
         tensor: Must not be written to by the host from now on; elsewhere than on a GPU it is taken as it is.
@@ -23,7 +23,7 @@ class HostCopy:
         self._values = tensor.detach()
         self._event: torch.cuda.Event | None = None
         if tensor.is_cuda:
-            self._values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._values = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
             self._values.copy_(tensor.detach(), non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(tensor.device))
@@ -56,6 +56,11 @@ class Parcel:
             (indices, HostCopy(torch.cat([tensors[index].detach().reshape(-1) for index in indices])))
             for indices in groups.values()
         ]
+
+    def wait(self) -> None:
+        """Until all of it has arrived."""
+        for _, copy in self._copies:
+            copy.get()
 
     def open(self) -> list[list[float]]:
         """One flat list of numbers for each tensor, in order; waits for what has not arrived yet."""

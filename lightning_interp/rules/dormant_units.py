@@ -20,7 +20,7 @@ class DormantUnitsRule(Rule):
 
     GELU, SiLU and the like have no exact zero, so their units are judged by Sokar's score: the mean magnitude of a
     unit over that of its layer. The callback that measures counts a unit as dormant at a score of 0.025 or less.
-    Causes as in `dead_filters`. Does not need a cross-entropy, or any particular loss.
+    Causes as in `dead_filters`, but by the first window alone. Does not need a cross-entropy, or any particular loss.
 
     Source: Sokar et al. 2023, section 3. The shares are those of `dead_filters`; they are not measured for this one.
 

@@ -15,7 +15,7 @@ update stands at step 0.
 | `gradient_norm` | both | Euclidean norm of the unscaled gradient, before clipping (probed steps) |
 | `update_norm`, `update_ratio` | yes | norm(after - before), and the same over norm(before) (probed steps) |
 | `dead_fraction`, `dead_filters` | yes | of each window; the first one is the window before the first update |
-| `born_dead_fraction` | yes | of each window: dead in it and in all before, the first one included |
+| `born_dead_fraction` | yes | of each window: dead in it and in all before, the first one included; not pruned |
 | `dormant_fraction` | yes | of each window, where nothing is exactly zero |
 | `sparsity` | yes | fraction of exact zeros |
 | `validation_metric` | by name | what the user logged, as it stood at the end of each validation |

@@ -395,20 +395,22 @@ def test_fit_of_a_gpu_is_measured_stretch_by_stretch():
     assert min(map(min, found.watched)) > 0
     assert found.step > 0
     assert found.end > 0
+    assert found.begin > 0
     assert {"TrainingDynamics", "DeadFilters"} <= found.reported.keys()
 
 
 def test_stretches_of_a_gpu_by_hand():
     watched = [[0.20, 0.12, 3.0], [0.10, 0.22, 2.0], [0.10, 0.20, 3.0]]
-    found = gpu_fits.GpuFit(1e-3, 0.5, watched, [100, 100], {"A": 0.42, "B": 1.05})
+    found = gpu_fits.GpuFit(1e-3, 0.5, 0.21, watched, [100, 100], {"A": 0.42, "B": 1.05})
     assert [line[1:] for line in gpu_fits.rows(TINY, found)] == [
         ["a step without", "1.0 ms", ""],
+        ["before the first step", "210.0 ms", ""],
         ["first epoch, steps 1 to 100", "100 %", "<= 1 %: **not met**"],
         ["first epoch, steps 101 to 200", "20 %", "<= 1 %: **not met**"],
         ["later epochs, steps 1 to 100", "0 %", "<= 1 %: met"],
         ["later epochs, steps 101 to 200", "110 %", "<= 1 %: **not met**"],
         ["the end of an epoch, more than without", "2.17 s", ""],
-        ["whole fit, 3 epochs of 200 steps", "326 %", "<= 1 %: **not met**"],
+        ["whole fit, 3 epochs of 200 steps", "336 %", "<= 1 %: **not met**"],
         ["of it, `interp.cost/B`", "50 %", ""],
         ["of it, `interp.cost/A`", "20 %", ""],
     ]

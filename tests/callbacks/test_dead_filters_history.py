@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_interp.callbacks.dead_filters import DeadFilters
@@ -88,6 +89,23 @@ def test_the_share_that_was_dead_ever_since_is_kept_for_the_rules():
 
     check(plain(), split="train", val=loader(4), epochs=4, callbacks=[Script(**SCRIPT), Look()])
     assert shares == [(0, 0.25), (2, 0.25), (5, 0.25), (8, 0.25), (11, 0.0)]
+
+
+def test_filters_that_were_pruned_are_not_born_dead():
+    """The layer that they are taken from may lose others later, and then the initialisation is not to blame."""
+    module, shares = plain(), []
+    prune.custom_from_mask(
+        module.first, "weight", torch.tensor([1.0, 0.0, 0.0, 1.0]).reshape(4, 1, 1, 1).expand_as(module.first.weight)
+    )
+    prune.custom_from_mask(module.first, "bias", torch.tensor([1.0, 0.0, 0.0, 1.0]))
+
+    class Look(pl.Callback):
+        def on_train_end(self, trainer, pl_module):
+            history = Session.of(trainer).history
+            shares.extend(history.get(name, "first").last.value for name in ("dead_fraction", "born_dead_fraction"))
+
+    check(module, split="train", val=loader(4), epochs=1, callbacks=[Look()])
+    assert shares == [0.75, 0.25]
 
 
 class Save(pl.Callback):

@@ -147,6 +147,27 @@ def test_an_answer_holds_for_as_many_batches_as_the_child_says_and_no_longer_tha
     assert child.calls[-1] == (0, 7, True)
 
 
+def test_an_answer_does_not_hold_longer_for_a_count_of_batches_that_stands():
+    """With `training_step(self, dataloader_iter)` the count is the user's, but steps go on."""
+    child, trainer = Picky(), TrainerStub()
+    child.more = 3
+    parent = family(child)
+    for step, index in ((7, 0), (9, 1), (10, 1), (11, 2)):
+        trainer.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=step))
+        parent.on_train_batch_start(trainer, "module", "batch", index)
+    assert [call[:2] for call in child.calls] == [(0, 7), (2, 11)]
+
+
+def test_a_child_that_answers_in_another_form_gets_all():
+    class Old(Picky):
+        def batch_hooks(self, trainer, batch_idx, step, *, stepping):
+            return ("on_before_backward", "on_after_backward")
+
+    child = Old()
+    _a_batch(family(child))
+    assert set(_names(child)) == IN_BATCH
+
+
 def test_a_child_that_gives_no_answer_gets_all():
     child = Picky()
     child.needs = None

@@ -237,26 +237,27 @@ def test_values_reach_the_history_every_ten_steps_early_and_every_fifty_later():
     assert all(value == i + 1 for i, value in enumerate(reached) if i in (9, 19, 69, 119))
 
 
-def test_on_a_gpu_values_are_sent_two_steps_before_they_are_read(monkeypatch):
-    """Read at the same steps as elsewhere, without the last two; none is lost, doubled or out of order."""
+@pytest.mark.parametrize("dense", [0, 9, 20, 48])
+def test_on_a_gpu_values_are_sent_one_step_before_they_are_read(monkeypatch, dense):
+    """All that elsewhere is read one step earlier, when `Alerts` looks; none is lost, doubled or out of order."""
 
-    def losses(ahead):
+    def losses(later):
         reached = []
 
         class Look(pl.Callback):
             def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
                 reached.append(len(Session.of(trainer).history.get("loss")))
 
-        monkeypatch.setattr(training_dynamics, "_steps_ahead", lambda trainer: ahead)
+        monkeypatch.setattr(training_dynamics, "_reads_later", lambda trainer: later)
         torch.manual_seed(0)
-        history = fit(Plain(), strict(dense_steps=20), loader(130), others=[Look()]).history
+        history = fit(Plain(), strict(dense_steps=dense), loader(130), others=[Look()]).history
         return reached, repr(history.state_dict())
 
-    (now, at_once), (later, ahead) = losses(0), losses(2)
-    steps = [i for i in range(1, 130) if later[i] != later[i - 1]]
-    assert steps == [9, 19, 69, 119] == [i for i in range(1, 130) if now[i] != now[i - 1]]
-    assert [later[step] for step in steps] == [8, 18, 68, 118]
-    assert ahead == at_once
+    (now, at_once), (later, sent) = losses(False), losses(True)
+    steps = [i for i in range(1, 130) if now[i] != now[i - 1]]
+    assert [i for i in range(1, 130) if later[i] != later[i - 1]] == [step + 1 for step in steps]
+    assert [later[step + 1] for step in steps] == [now[step] for step in steps] == [step + 1 for step in steps]
+    assert sent == at_once
 
 
 def test_values_reach_the_history_before_each_validation():

@@ -19,7 +19,8 @@ pytestmark = [
 ]
 STEPS, BATCH, SIDE = 140, 256, 32
 QUIET = range(122, 137)  # steps between two probes, two samples and two looks, see test_idle_steps.py
-FOLLOWED = (*range(2, 9), 50)  # steps that are probed, and one that is sampled; values are fetched after 9 and 59
+# Steps that are probed, and one that is sampled; values are fetched after 9, 19, ... 49 and 99.
+FOLLOWED = (*range(2, 9), 50)
 LITTLE = 8 * 2**20  # bytes; the output of the first layer alone is four times that
 
 

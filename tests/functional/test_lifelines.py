@@ -65,6 +65,7 @@ def test_dead_since_birth_is_dead_in_every_window(windows):
     for step, dead in enumerate(windows):
         lines.update("a", sorted(dead), step=step, first=step == 0)
         assert lines.dead_since_birth("a") == sorted(frozenset.intersection(*windows[: step + 1]))
+        assert lines.saw_birth("a")
 
 
 @given(WINDOWS, WINDOWS)
