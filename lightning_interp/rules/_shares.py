@@ -23,10 +23,10 @@ class Share(NamedTuple):
     Attributes:
         layer: Its name.
         severity: Reached by `now`.
-        now: Smaller one of the shares of the last two windows (at the end: the last one), in [0, 1], without filters
-            that were pruned.
-        born: Share that has done no work in any window, the one before the first update included; where that is not
-            recorded, the share in that one; None if it was not seen.
+        now: Smaller one of the shares of the last two windows (at the end: the last one), in [0, 1]; of what pruning
+            left of the layer.
+        born: Share of the same that has done no work in any window, the one before the first update included; where
+            that is not recorded, the share in that one; None if it was not seen.
         since: Step of the first window from which on the share never fell below the lowest threshold.
         cause: Likeliest cause, None if unknown.
         alternatives: Other causes.
@@ -63,24 +63,29 @@ def find_shares(
             continue
         # At the end no second window will follow that could bear the last one out.
         now = newest[0] if history.finished else min(newest)
-        if quantity == "dead_fraction":
-            now -= history.fact("pruned_dead", 0.0, layer) / history.fact("num_filters", 1.0, layer)
+        pruned = _pruned(history, layer) if quantity == "dead_fraction" else 0.0
+        now = (now - pruned) / (1 - pruned) if pruned < 1 else 0.0
         severity = level(now, thresholds, severity_of(active, (rule, layer)))
         if now <= 0 or severity is None:
             continue
         points = history.finite(quantity, layer)
-        born = _born(history, quantity, layer)
+        born = _born(history, quantity, layer, pruned)
         below = [i for i, point in enumerate(points) if point.value < min(thresholds[0], now)]
         since = points[below[-1] + 1].step if below and below[-1] + 1 < len(points) else points[0].step
         yield Share(layer, severity, now, born, since, *_cause(history, now, born, jumped))
 
 
-def _born(history: History, quantity: str, layer: str) -> float | None:
+def _pruned(history: History, layer: str) -> float:
+    """Share of the layer that pruning took out."""
+    return history.fact("pruned_dead", 0.0, layer) / history.fact("num_filters", 1.0, layer)
+
+
+def _born(history: History, quantity: str, layer: str, pruned: float) -> float | None:
     lasting = history.get(f"born_{quantity}", layer).last
     if lasting is not None:
-        return lasting.value
+        return lasting.value / (1 - pruned)
     first = history.finite(quantity, layer)[0]
-    return first.value if first.step == 0 else None
+    return max(0.0, first.value - pruned) / (1 - pruned) if first.step == 0 else None
 
 
 def _cause(history: History, now: float, born: float | None, jumped: bool) -> tuple[str | None, list[str]]:
@@ -96,8 +101,8 @@ def _cause(history: History, now: float, born: float | None, jumped: bool) -> tu
     return None, ["learning rate", "initialisation"]
 
 
-def count(history: History, layer: str, share: float) -> str:
-    """The share in words, with the number of filters where it is known.
+def count(history: History, layer: str, share: float, *, of_unpruned: bool = False) -> str:
+    """The share in words, with the number of filters where it is known; `of_unpruned`: of what pruning left.
 
     Example:
         >>> history = History()
@@ -106,5 +111,6 @@ def count(history: History, layer: str, share: float) -> str:
         ('4 of 16 filters (25 %)', '25 % of the filters')
     """
     total = history.fact("num_filters", 0.0, layer)
+    total -= history.fact("pruned_dead", 0.0, layer) if of_unpruned else 0.0
     percent = f"{100 * share:.0f} %"
     return f"{share * total:.0f} of {total:.0f} filters ({percent})" if total else f"{percent} of the filters"

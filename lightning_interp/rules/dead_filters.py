@@ -20,10 +20,10 @@ class DeadFiltersRule(Rule):
     """The dead share of a layer reaches `info`, `warning` or `critical` in two windows running, or in the last one.
 
     A filter is dead if it is zero at every position of every input of the window, so this does not mistake the
-    sparsity of a healthy layer for death. Filters that `torch.nn.utils.prune` took out whole don't count. The cause,
-    for at least half of the dead: dead in every window since before the first update, or after a bad start -> inputs
-    (if these are off), initialisation or bias; died after the loss had leapt up in the first steps -> learning rate;
-    else unknown. Does not need a cross-entropy, or any particular loss.
+    sparsity of a healthy layer for death. Filters that `torch.nn.utils.prune` took out whole don't count, and
+    the share is of the others. The cause, for at least half of the dead: dead in every window since before the first
+    update, or after a bad start -> inputs (if these are off), initialisation or bias; died after the loss had leapt up
+    in the first steps -> learning rate; else unknown. Does not need a cross-entropy, or any particular loss.
 
     Source: CS231n; Lu et al. 2019. Measured by `benchmarks/diagnosis` against a count over all images: found 66 of 66
     runs with a quarter of a layer dead or more, and no other; on other networks, data and optimizers 38 of 39, and no
@@ -60,6 +60,7 @@ class DeadFiltersRule(Rule):
             jump = early_jump(history)
             if jump is not None:
                 evidence |= {"jump": jump.factor, "jump_step": float(jump.step)}
+            found = count(history, share.layer, share.now, of_unpruned=True)
             yield Alert(
                 rule=self.name,
                 severity=share.severity,
@@ -67,7 +68,7 @@ class DeadFiltersRule(Rule):
                 value=share.now,
                 threshold=dict(zip(("info", "warning", "critical"), thresholds, strict=True))[share.severity],
                 cause=share.cause,
-                message=f"{count(history, share.layer, share.now)} of {share.layer} are dead{_since(share)}{born}.",
+                message=f"{found} of {share.layer} are dead{_since(share)}{born}.",
                 advice=_advice(history, share),
                 evidence=evidence,
                 alternatives=share.alternatives,

@@ -113,7 +113,13 @@ def test_pruned_filters_are_not_told_off():
     assert check(DeadFiltersRule(), history)[0].severity == "critical"
     history.note("pruned_dead", 10, layer="conv1")
     (alert,) = check(DeadFiltersRule(), history)
-    assert (alert.severity, alert.value) == ("info", pytest.approx(0.15))
+    assert (alert.severity, alert.value) == ("warning", pytest.approx(0.3))
+    assert alert.message.startswith("3 of 10 filters (30 %) of conv1")
+    assert alert.evidence["born_dead_fraction"] == 0
+    write(history, "born_dead_fraction", [0.1, 0.1], layer="conv1", every=100)
+    assert check(DeadFiltersRule(), history)[0].evidence["born_dead_fraction"] == pytest.approx(0.2)
+    history.note("pruned_dead", 20, layer="conv1")
+    assert check(DeadFiltersRule(), history) == []
 
 
 def test_at_the_end_one_window_is_enough():
