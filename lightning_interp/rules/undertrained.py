@@ -61,7 +61,7 @@ class UndertrainedRule(Rule):
 
     Source: learning curves as power laws, Hestness et al. 2017, Kaplan et al. 2020. Measured by `benchmarks/diagnosis`
     on five small networks, three data sets and three optimizers, on which the thresholds were chosen: found 40 of 43
-    runs to which three times the steps brought 0.2 of the attainable fall of the loss, with one false alarm; on other
+    runs to which three times the steps brought 0.2 of the attainable fall of the loss, with two false alarms; on other
     networks, data and optimizers 34 of 41, with three. It misses most where a noisy loss hides the fall.
 
     Attributes:
