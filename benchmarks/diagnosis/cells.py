@@ -112,9 +112,7 @@ def _hard() -> list[Spec]:
 def _alone() -> list[Spec]:
     """Runs without a ladder, on data that is learned so well that arithmetic bears out their rate and their length.
 
-    See `labels.settled`; nothing is injected into them.
-
-    At the base rate and at four times as much, where steps are near the edge of stability.
+    See `labels.settled`. At the base rate and at four times as much, where steps are near the edge of stability.
     """
     cells = []
     for seed in ALONE:
@@ -162,6 +160,11 @@ def _held_out_faulty() -> list[tuple[Spec, list[str]]]:
 def is_held_out(spec: Spec) -> bool:
     """Whether the run is one of those on which no threshold was chosen."""
     return spec.architecture in HELD_OUT
+
+
+def is_extra(spec: Spec) -> bool:
+    """Whether it is a long version or has no ladder: no threshold was chosen on such, and no sample is taken of them."""
+    return spec.long or spec.seed in ALONE
 
 
 def _reduced() -> list[list[Spec]]:

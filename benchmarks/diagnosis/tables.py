@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.diagnosis.cells import ALONE, is_held_out
+from benchmarks.diagnosis.cells import is_extra, is_held_out
 from benchmarks.diagnosis.labels import LABELLED, Labelled, label_all
 from benchmarks.diagnosis.score import (
     Interval,
@@ -68,21 +68,20 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _summary(runs: Sequence[Labelled], records: Sequence[Mapping[str, Any]]) -> str:
     kinds = Counter(run.faulty for run in runs)
     healthy, total = kinds[False], max(1, len(runs))
+    extra = [run for run in runs if is_extra(run.spec)]
     minutes = sum(record["seconds"] for record in records) / 60
     rows = [
         ["runs judged; trained in all", f"{len(runs)}; {len(records)} ({minutes:.0f} process minutes)"],
         ["healthy; faulty; ambiguous", f"{healthy} ({100 * healthy / total:.0f} %); {kinds[True]}; {kinds[None]}"],
         ["healthy runs with a false alarm", percent(false_alarms(runs))],
-        ["of them long versions, and runs without a ladder", percent(false_alarms(filter(is_extra, runs)))],
+        [
+            "of them long versions, and runs without a ladder",
+            percent(false_alarms(extra)),
+        ],
         ["right primary cause, of the faulty runs in which something was said", percent(causes(runs))],
         ["too-high rate that strikes within 50 steps, named by step 100", percent(named_soon(runs))],
     ]
     return "## Summary\n\n" + table(["what", "how many"], rows)
-
-
-def is_extra(run: Labelled) -> bool:
-    """Whether it is a long version or has no ladder: no threshold was chosen on such."""
-    return run.spec.long or run.spec.seed in ALONE
 
 
 def _rules(runs: Sequence[Labelled]) -> str:

@@ -48,10 +48,8 @@ class Backlog:
     def send(self) -> None:
         """Puts the values of all items on their way, without a wait; `take_sent` gets them."""
         self._arrive()
-        self._sent, self._parcel = (
-            len(self._items),
-            Parcel([tensor for item in self._items for tensor in item.tensors.values()]),
-        )
+        self._sent = len(self._items)
+        self._parcel = Parcel([tensor for item in self._items for tensor in item.tensors.values()])
 
     @property
     def sent(self) -> bool:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from benchmarks.diagnosis import labels, replay, runner, score, tables, tune
-from benchmarks.diagnosis.cells import EASY, is_held_out, suite
+from benchmarks.diagnosis.cells import EASY, is_extra, is_held_out, suite
 from benchmarks.diagnosis.census import census
 from benchmarks.diagnosis.data import load
 from benchmarks.diagnosis.faults import FAULTS, change_data
@@ -354,3 +354,11 @@ def test_where_no_rate_learns_anything_progress_means_nothing():
     """The best one is at 0.9 of a guess: the rates are neither right nor wrong, and the run is not healthy."""
     found = by_rate(ladder({0.01: 2.2, 0.1: 2.1}))
     assert all(run.labels["learning_rate_too_low"] is None and run.faulty is None for run in found.values())
+
+
+def test_samples_and_thresholds_are_taken_of_ladders_only():
+    """Long versions and runs without a ladder are told from the rest by their specification alone."""
+    extra = [spec for spec in suite() if is_extra(spec)]
+    ladders = Counter(spec.cell for spec in suite() if spec.long)
+    assert all(spec.long or spec.cell not in ladders for spec in extra)
+    assert all(spec.cell in ladders for spec in suite() if spec not in set(extra))
