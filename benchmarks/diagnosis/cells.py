@@ -163,7 +163,7 @@ def is_held_out(spec: Spec) -> bool:
 
 
 def is_extra(spec: Spec) -> bool:
-    """Whether it is a long version or has no ladder: no threshold was chosen on such, and no sample is taken of them."""
+    """Whether it is a long version or has no ladder: no threshold was chosen on such, and no sample taken of them."""
     return spec.long or spec.seed in ALONE
 
 
