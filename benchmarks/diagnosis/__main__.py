@@ -63,7 +63,7 @@ def main() -> int:
         print(tune(options.directory))
         return 0
     records = read_records(options.directory)
-    records = replay(records, options.directory) if options.command == "replay" else records
+    records = replay(records, options.directory, jobs=2) if options.command == "replay" else records
     print(report(records, read_plan(options.directory)))
     return 0
 

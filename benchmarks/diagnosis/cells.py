@@ -5,24 +5,47 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from benchmarks.diagnosis.faults import FAULTS
+from benchmarks.diagnosis.fresh import FRESH
 from benchmarks.diagnosis.models import ARCHITECTURES, HELD_OUT
 from benchmarks.diagnosis.spec import Spec
 
-DATA, HELD_OUT_DATA = ("digits", "photos", "textures"), ("glyphs", "turns")
+DATA = ("digits", "photos", "textures")
 EASY, ALONE = ("digits", "textures"), range(6, 11)  # data and seeds of the runs without a ladder
-OPTIMIZERS, HELD_OUT_OPTIMIZERS = ("sgd", "adam", "adamw"), ("plain_sgd", "nadam", "rmsprop", "adagrad")
+OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "cosine", "warmup", "onecycle")
 # Rates that are known to work for all of these networks.
-BASE = {"sgd": 0.03, "adam": 2e-3, "adamw": 2e-3, "plain_sgd": 0.3, "nadam": 4e-3, "rmsprop": 2e-3, "adagrad": 0.05}
+BASE = {
+    "sgd": 0.03, "adam": 2e-3, "adamw": 2e-3, "plain_sgd": 0.3, "nadam": 4e-3, "rmsprop": 2e-3, "adagrad": 0.05,
+    "nesterov": 0.03, "radam": 4e-3, "adamax": 8e-3,
+}  # fmt: skip
 STEP, RUNGS, NARROW = 4.0, range(-2, 4), range(-1, 2)
 # At the lowest and the highest rate, three times the steps would tell nothing that the other labels do not.
 LONG_RUNGS = range(-1, 3)
 # Of runs without a ladder; what these mean stands in `traits.py`.
 HARD = ("none", "wide", "sparse", "none", "pruned", "fine_tuning")
-EPOCHS = {"digits": 9, "textures": 9, "photos": 12, "positions": 12, "glyphs": 12, "turns": 15}
+EPOCHS = {
+    "digits": 9, "textures": 9, "photos": 12, "positions": 12, "glyphs": 12, "turns": 15, "zooms": 12, "counts": 12,
+}  # fmt: skip
 SHORT_EPOCHS = 3
+
+
+class Elsewhere(NamedTuple):
+    """Networks, data and optimizers other than those on which thresholds were chosen; `seed` and the one after it."""
+
+    networks: Sequence[str]
+    data: Sequence[str]
+    optimizers: Sequence[str]
+    seed: int
+    batch_sizes: Sequence[int] = (32,)
+
+
+ELSEWHERE = (
+    Elsewhere(tuple(HELD_OUT), ("glyphs", "turns"), ("plain_sgd", "nadam", "rmsprop", "adagrad"), seed=4),
+    Elsewhere(tuple(FRESH), ("zooms", "counts"), ("nesterov", "radam", "adamax"), seed=11, batch_sizes=(32, 64)),
+)
 
 
 def suite(*, reduced: bool = False) -> list[Spec]:
@@ -49,10 +72,13 @@ def with_faults(cell: Spec, faults: list[str]) -> list[Spec]:
 def _full() -> list[list[Spec]]:
     groups = [ladder(cell, NARROW if cell.seed else RUNGS) for cell in _cells()]
     groups += [ladder(cell, NARROW) for cell in _hard()]
-    groups += [[cell] for cell in _alone()]
+    groups += [[cell] for cell in _alone(tuple(ARCHITECTURES), OPTIMIZERS)]
+    groups += [[cell] for cell in _alone(tuple(FRESH), ELSEWHERE[1].optimizers) if cell.trait != "pruned"]
     groups += [ladder(cell, NARROW) + with_faults(cell, faults) for cell, faults in _faulty()]
-    groups += [ladder(cell) for cell in _held_out()]
-    return groups + [ladder(cell, NARROW) + with_faults(cell, faults) for cell, faults in _held_out_faulty()]
+    for there in ELSEWHERE:
+        groups += [ladder(cell) for cell in _elsewhere(there)]
+        groups += [ladder(cell, NARROW) + with_faults(cell, faults) for cell, faults in _faulty_elsewhere(there)]
+    return groups
 
 
 def _cells() -> list[Spec]:
@@ -109,16 +135,16 @@ def _hard() -> list[Spec]:
     return cells
 
 
-def _alone() -> list[Spec]:
+def _alone(networks: Sequence[str], optimizers: Sequence[str]) -> list[Spec]:
     """Runs without a ladder, on data that is learned so well that arithmetic bears out their rate and their length.
 
     See `labels.settled`. At the base rate and at four times as much, where steps are near the edge of stability.
     """
     cells = []
     for seed in ALONE:
-        for a, architecture in enumerate(ARCHITECTURES):
+        for a, architecture in enumerate(networks):
             for d, data in enumerate(EASY):
-                for o, optimizer in enumerate(OPTIMIZERS):
+                for o, optimizer in enumerate(optimizers):
                     for rung in range(2):
                         spec = Spec(
                             architecture,
@@ -134,37 +160,48 @@ def _alone() -> list[Spec]:
     return cells
 
 
-def _held_out() -> list[Spec]:
-    """Other networks, data and optimizers: on these the thresholds were never chosen."""
+def _elsewhere(there: Elsewhere) -> list[Spec]:
+    """Each network on each data set with two optimizers."""
     cells = []
-    for a, architecture in enumerate(HELD_OUT):
-        for d, data in enumerate(HELD_OUT_DATA):
+    for a, architecture in enumerate(there.networks):
+        for d, data in enumerate(there.data):
             for turn in range(2):
-                optimizer = HELD_OUT_OPTIMIZERS[(a + d + 2 * turn) % 4]
+                optimizer = there.optimizers[(a + d + 2 * turn) % len(there.optimizers)]
                 schedule = SCHEDULES[(a + 2 * d + turn) % 4]
                 epochs = SHORT_EPOCHS if (a + d + turn) % 5 == 0 else EPOCHS[data]
-                cells.append(Spec(architecture, data, optimizer, schedule, seed=4, epochs=epochs))
+                size = there.batch_sizes[turn % len(there.batch_sizes)]
+                cells.append(Spec(architecture, data, optimizer, schedule, 0.0, there.seed, epochs, size))
     return cells
 
 
-def _held_out_faulty() -> list[tuple[Spec, list[str]]]:
-    """Half of the faults in each held-out network."""
+def _faulty_elsewhere(there: Elsewhere) -> list[tuple[Spec, list[str]]]:
+    """Half of the faults in each of the networks."""
     cells = []
-    for a, architecture in enumerate(HELD_OUT):
-        data, optimizer = HELD_OUT_DATA[a % 2], HELD_OUT_OPTIMIZERS[(a + 1) % 4]
-        cell = Spec(architecture, data, optimizer, SCHEDULES[a % 4], seed=5, epochs=EPOCHS[data])
+    for a, architecture in enumerate(there.networks):
+        data, optimizer = there.data[a % 2], there.optimizers[(a + 1) % len(there.optimizers)]
+        cell = Spec(architecture, data, optimizer, SCHEDULES[a % 4], seed=there.seed + 1, epochs=EPOCHS[data])
         cells.append((cell, [fault for f, fault in enumerate(FAULTS) if f % 2 == a % 2]))
     return cells
 
 
 def is_held_out(spec: Spec) -> bool:
-    """Whether the run is one of those on which no threshold was chosen."""
+    """Whether the run is one of those on which no threshold was chosen, though what failed on them was looked at."""
     return spec.architecture in HELD_OUT
 
 
+def is_fresh(spec: Spec) -> bool:
+    """Whether nothing at all about the rules was chosen on the run, since they were finished when it was added."""
+    return spec.architecture in FRESH
+
+
 def is_extra(spec: Spec) -> bool:
-    """Whether it is a long version or has no ladder: no threshold was chosen on such, and no sample taken of them."""
+    """Whether it is a long version or has no ladder."""
     return spec.long or spec.seed in ALONE
+
+
+def is_sampled(spec: Spec) -> bool:
+    """Whether `cure` and `peers` may take it: no long version, with a ladder, and not fresh."""
+    return not is_extra(spec) and not is_fresh(spec)
 
 
 def _reduced() -> list[list[Spec]]:

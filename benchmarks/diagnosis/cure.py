@@ -32,7 +32,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from benchmarks.diagnosis.cells import is_extra, is_held_out
+from benchmarks.diagnosis.cells import is_held_out, is_sampled
 from benchmarks.diagnosis.faults import ONSET
 from benchmarks.diagnosis.labels import LABELLED, RATE_RULES, Labelled, label_all, memorised, overfitting, progress
 from benchmarks.diagnosis.remedies import NONE, arguments, remedy_for
@@ -179,7 +179,7 @@ def cure(  # noqa: PLR0913 - options, by keyword
         train: From a specification to its record; by default `train.run`.
     """
     records, end, failed = read_records(directory), time.monotonic() + 3600 * hours, 0
-    runs = [run for run in label_all(records, read_plan(directory)) if not is_extra(run.spec)]
+    runs = [run for run in label_all(records, read_plan(directory)) if is_sampled(run.spec)]
     faulty = sorted((run for run in runs if run.faulty), key=lambda run: sha256(run.spec.key.encode()).digest())
     faulty = faulty[:count]
     judged = zip(faulty, replay((run.record for run in faulty), directory), strict=True)

@@ -46,11 +46,11 @@ def load(name: str) -> Data:
 
     `positions`: where in its photograph a crop is (regression). `textures`: three gratings and three shapes in noise.
     `glyphs`: eight letters in all faces of the fonts that matplotlib ships. `turns`: by how many right angles a crop
-    of a photograph was turned.
+    of a photograph was turned. `zooms`: at which of four scales a crop was taken. `counts`: one to five discs in noise.
     """
     return {
         "digits": _digits, "photos": _photos, "positions": _positions, "textures": _textures, "glyphs": _glyphs,
-        "turns": _turns,
+        "turns": _turns, "zooms": _zooms, "counts": _counts,
     }[name]()  # fmt: skip
 
 
@@ -111,6 +111,32 @@ def _turns() -> Data:
     turns = torch.randint(4, (len(crops),), generator=torch.Generator().manual_seed(5))
     turned = [torch.rot90(crop, int(turn), (1, 2)) for crop, turn in zip(crops, turns, strict=True)]
     return _split(torch.stack(turned), turns, TRAIN, 4)
+
+
+@cache
+def _zooms() -> Data:
+    scales = [_crops(shrink)[0] for shrink in (3, 6, 12, 20)]
+    zooms = torch.randint(len(scales), (TRAIN + VAL,), generator=torch.Generator().manual_seed(7))
+    return _split(torch.stack([scales[zoom][i] for i, zoom in enumerate(zooms.tolist())]), zooms, TRAIN, len(scales))
+
+
+@cache
+def _counts() -> Data:
+    generator = torch.Generator().manual_seed(8)
+    labels = torch.randint(5, (TRAIN + VAL,), generator=generator)
+    rows, columns = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
+    cells = torch.tensor([(row, column) for row in (2, 6, 10) for column in (2, 6, 10)])
+    images = []
+    for label in labels.tolist():
+        image = 0.4 * torch.randn(SIDE, SIDE, generator=generator)
+        for row, column in cells[torch.randperm(len(cells), generator=generator)[: label + 1]].tolist():
+            shift, size = (
+                torch.rand(2, generator=generator) - 0.5,
+                1.2 + 0.8 * float(torch.rand(1, generator=generator)),
+            )
+            image += 1.0 * ((rows - row - shift[0]) ** 2 + (columns - column - shift[1]) ** 2 < size**2)
+        images.append(image)
+    return _split(torch.stack(images)[:, None], labels, TRAIN, 5)
 
 
 @cache

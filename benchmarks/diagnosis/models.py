@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.diagnosis.fresh import FRESH
+
 
 class Residual(nn.Module):
     """Two convolutions with BatchNorm beside an identity; the ReLUs are functional, as in many real code bases."""
@@ -167,7 +169,7 @@ def _squeeze(channels: int, outputs: int) -> nn.Module:
     return nn.Sequential(*body, nn.Conv2d(48, outputs, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-# Kept apart: no threshold was chosen on runs of these.
+# Kept apart: no threshold was chosen on runs of these; but what failed on them was looked at, and some of it mended.
 HELD_OUT: dict[str, Callable[[int, int], nn.Module]] = {
     "leaky": _leaky,
     "dense": _dense,
@@ -179,7 +181,7 @@ HELD_OUT: dict[str, Callable[[int, int], nn.Module]] = {
 
 def build(architecture: str, channels: int, outputs: int) -> nn.Module:
     """The network of that name."""
-    return (ARCHITECTURES | HELD_OUT)[architecture](channels, outputs)
+    return (ARCHITECTURES | HELD_OUT | FRESH)[architecture](channels, outputs)
 
 
 def deep(channels: int, outputs: int, activation: type[nn.Module], depth: int = 8) -> nn.Module:

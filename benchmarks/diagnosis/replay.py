@@ -6,8 +6,9 @@ import gzip
 import json
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,24 @@ def read_history(directory: Path, key: str) -> History:
     return history
 
 
-def replay(records: Iterable[dict[str, Any]], directory: Path) -> list[dict[str, Any]]:
-    """The records with the alerts that the present default rules would have raised.
+def replay(records: Iterable[dict[str, Any]], directory: Path, jobs: int = 1) -> list[dict[str, Any]]:
+    """The records with the alerts that the present default rules would have raised, asked in so many processes.
 
     Exact only for what does not depend on facts noted late in the run, which are known from the beginning here, and as
     long as a history keeps each loss: of more than a thousand steps the older ones are means of neighbours.
     """
-    return [
-        {**record, "alerts": judge(read_history(directory, record["key"]), default_rules(), record["steps"])}
-        for record in records
-    ]
+    records = list(records)
+    if jobs <= 1:
+        said = [_ask(directory, record["key"], record["steps"]) for record in records]
+    else:
+        with ProcessPoolExecutor(jobs) as pool:
+            keys, steps = zip(*((record["key"], record["steps"]) for record in records), strict=True)
+            said = list(pool.map(_ask, repeat(directory), keys, steps, chunksize=16))
+    return [{**record, "alerts": alerts} for record, alerts in zip(records, said, strict=True)]
+
+
+def _ask(directory: Path, key: str, steps: int) -> list[dict[str, Any]]:
+    return judge(read_history(directory, key), default_rules(), steps)
 
 
 def judge(history: History, rules: Sequence[Rule], steps: int) -> list[dict[str, Any]]:

@@ -13,9 +13,10 @@ class Spec:
     """One training run.
 
     Attributes:
-        architecture: See `models.ARCHITECTURES` and `models.HELD_OUT`.
+        architecture: See `models.ARCHITECTURES`, `models.HELD_OUT` and `fresh.FRESH`.
         data: See `data.load`.
-        optimizer: `sgd` (momentum 0.9), `plain_sgd` (none), `adam`, `adamw`, `rmsprop`, `nadam` or `adagrad`.
+        optimizer: `sgd` (momentum 0.9), `plain_sgd` (none), `nesterov` (0.9, and weight decay), or by the name of the
+            class: `adam`, `adamw`, `rmsprop`, `nadam`, `adagrad`, `radam`, `adamax`.
         schedule: `constant`, `cosine`, `warmup` or `onecycle`.
         rate: Learning rate, the largest one of the schedule.
         seed: Of initialisation and order.

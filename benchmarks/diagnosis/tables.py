@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.diagnosis.cells import is_extra, is_held_out
+from benchmarks.diagnosis.cells import is_extra, is_fresh, is_held_out
 from benchmarks.diagnosis.labels import LABELLED, Labelled, label_all
 from benchmarks.diagnosis.score import (
     Interval,
@@ -28,13 +28,16 @@ def report(records: Iterable[Mapping[str, Any]], plan: Mapping[str, str] | None 
     records = list(records)
     records = [record for record in records if plan is None or record["key"] in plan]
     everything = label_all(records, plan)
-    runs = [run for run in everything if not is_held_out(run.spec)]
-    held_out = [run for run in everything if is_held_out(run.spec)]
-    parts = [
-        _summary(everything, records),
-        "# Networks, data and optimizers on which no threshold was chosen" if held_out else "",
-        *([_summary(held_out, records), _rules(held_out), _failures(held_out)] if held_out else []),
-        "# Those on which they were chosen",
+    fresh, held_out = ([run for run in everything if kind(run.spec)] for kind in (is_fresh, is_held_out))
+    runs = [run for run in everything if not is_fresh(run.spec) and not is_held_out(run.spec)]
+    parts = [_summary(everything, records)]
+    for title, group in (
+        ("# Networks, data and optimizers that were added when the rules were finished", fresh),
+        ("# Those on which no threshold was chosen, but failures were looked at", held_out),
+    ):
+        parts += [title, _summary(group, records), _rules(group), _failures(group)] if group else []
+    parts += [
+        "# Those on which thresholds were chosen",
         _summary(runs, records),
         _rules(runs),
         _architectures(runs),

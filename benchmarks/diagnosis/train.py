@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
+from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
@@ -89,7 +89,12 @@ def _optimizer(spec: Spec, parameters: list[nn.Parameter]) -> Optimizer:
     if spec.optimizer == "sgd":
         momentum = 0.0 if spec.trait == "full_batch" else 0.9
         return SGD(parameters, spec.rate, momentum=momentum)
-    kinds = {"adam": Adam, "adamw": AdamW, "plain_sgd": SGD, "rmsprop": RMSprop, "nadam": NAdam, "adagrad": Adagrad}
+    if spec.optimizer == "nesterov":
+        return SGD(parameters, spec.rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    kinds: dict[str, Callable[..., Optimizer]] = {
+        "adam": Adam, "adamw": AdamW, "plain_sgd": SGD, "rmsprop": RMSprop, "nadam": NAdam, "adagrad": Adagrad,
+        "radam": RAdam, "adamax": Adamax,
+    }  # fmt: skip
     return kinds[spec.optimizer](parameters, spec.rate)
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-from benchmarks.diagnosis.cells import is_extra, is_held_out
+from benchmarks.diagnosis.cells import is_held_out, is_sampled
 from benchmarks.diagnosis.labels import Labelled, label_all
 from benchmarks.diagnosis.replay import judge_moments, moments, read_history
 from benchmarks.diagnosis.runner import read_plan, read_records
@@ -76,7 +76,7 @@ def _f1(runs: Sequence[Labelled], said: Mapping[str, Sequence[bool]], rule: str,
 def tune(directory: Path, jobs: int = 2) -> str:
     """The table, from the histories of a finished suite; without long versions, and runs without a ladder."""
     labelled = label_all(read_records(directory), read_plan(directory))
-    runs = [run for run in labelled if not is_held_out(run.spec) and not is_extra(run.spec)]
+    runs = [run for run in labelled if not is_held_out(run.spec) and is_sampled(run.spec)]
     rows = []
     with ProcessPoolExecutor(jobs) as pool:
         said = dict(zip([run.spec.key for run in runs], pool.map(partial(_ask, directory), runs), strict=True))

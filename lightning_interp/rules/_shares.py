@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from lightning_interp._options import check_number
 from lightning_interp.errors import ArgumentError
-from lightning_interp.rules._evidence import early_jump, inputs_off, level, severity_of, started_badly
+from lightning_interp.rules._evidence import inputs_off, level, severity_of, started_badly
+from lightning_interp.rules._jumps import early_jump
 from lightning_interp.rules.alert import Severity
 from lightning_interp.rules.history import History
 from lightning_interp.rules.rule import Key

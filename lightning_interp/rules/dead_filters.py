@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lightning_interp.rules._evidence import early_jump
+from lightning_interp.rules._jumps import early_jump
 from lightning_interp.rules._shares import Share, check_thresholds, count, find_shares
 from lightning_interp.rules.alert import Alert
 from lightning_interp.rules.history import History

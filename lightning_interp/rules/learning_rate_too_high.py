@@ -5,19 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from lightning_interp._options import check_at_least, check_number
 from lightning_interp.rules._evidence import (
-    OVERSHOOT_SHARE,
     Death,
-    Jump,
-    any_overshoot,
-    batch_jump,
     broken_since,
     collapsed_to,
     deaths,
-    early_jump,
     guess_loss,
     is_problem,
     recent_loss,
@@ -27,6 +22,7 @@ from lightning_interp.rules._evidence import (
     steps_done,
 )
 from lightning_interp.rules._forecast import forecast_of
+from lightning_interp.rules._jumps import OVERSHOOT_SHARE, Jump, any_overshoot, batch_jump, describe, early_jump
 from lightning_interp.rules._spikes import find_spike
 from lightning_interp.rules.alert import SEVERITIES, Alert, Severity
 from lightning_interp.rules.history import History
@@ -36,7 +32,23 @@ HELD = 0.6  # part of its thresholds under which an alert that is up is taken ba
 BEFORE_NAN = 20  # steps before a NaN that are searched for its beginning
 _LONGER = 3.0  # times the steps, as in `UndertrainedRule.horizon`
 _SPIKE = 2.0  # as in `GradientSpikeRule.factor`
+LOST_FROM, KILLED_FROM = 0.5, 0.75  # part of ln C that a run must have been below to have lost it; with a layer killed
 SOURCE = "Lewkowycz et al. 2020 (catapult), Meltzer et al. 2023 (dead units grow with the rate); thresholds measured"
+
+
+class _Damage(NamedTuple):
+    """What there is of it.
+
+    Attributes:
+        part: The loss, as a part of what nothing learned means.
+        killed, crippled: Whether a part of a layer died, and whether most of one did.
+        often: Whether a fifth of all updates raised the loss of their own batch.
+    """
+
+    part: float
+    killed: bool
+    crippled: bool
+    often: bool
 
 
 @dataclass(frozen=True)
@@ -45,20 +57,22 @@ class LearningRateTooHighRule(Rule):
 
     The start was sound (see `bad_start`). A *mark* is, in the first `early_steps` steps (under a warm-up: up to so
     many steps after its end), `loss_after / loss_before > jump` on one batch, or `loss / first loss > logged_jump`, or
-    a fifth or more of the updates that raised the loss of their own batch (step ratio < 0); or, without any of these,
-    a dead share of a layer that rose by more than `dead_gain` in a run in which some step overshot. With a mark
+    a fifth or more of the updates that raised the loss of their own batch (step ratio < 0). Weaker marks, which take
+    more damage: so many overshoots over the whole run; or any at all with a dead share of a layer that rose by more
+    than `dead_gain`; or that it rose by `dead_most`, unless a bad batch was seen (`gradient_spike`). With a mark
 
     - the loss is no number any more; or it is above `recovered` of ln C from `late_step` on, after a jump or with a
       layer killed (`dead_gain`); after a jump of one batch, or with both, from `judge_step` on; or above `lost` of it
       from `judge_step` on, warm-up or not: critical;
-    - or it is above `hampered` of that from `late_step` on, after a jump and with a layer killed; above `halfway` of
-      it when half of the planned steps are done; above `at_end` of it when they are all done, and three times the
-      steps would not bring it below `hopeless`: a warning;
+    - or it is above `hampered` of that from `late_step` on, after a jump and with a layer killed, or above `crippled`
+      of it with most of one (`dead_most`); above `halfway` of it when half of the planned steps are done; above
+      `at_end` of it when they are all done, and three times the steps would not bring it below `hopeless`: a warning;
     - or none of it: information, a "catapult"; often such runs generalise well. Overshoots and deaths alone are not
       mentioned: the edge of stability is a normal place to be, and of dead filters `dead_filters` speaks.
 
     It is also critical if a NaN was preceded, within 20 steps, by such a jump of one batch: a bad batch would have had
-    its high loss before the update; and if a cross-entropy that had been below ln C / 2 is back above `recovered` ln C.
+    its high loss before the update; and if a cross-entropy that had been below ln C / 2, or with a layer killed below
+    three quarters of it, is back above `recovered` ln C.
 
     The damage is done within some 20 steps; afterwards gradients and updates are tiny and look like a rate that is
     too low, so only the early numbers tell. Runs shorter than `judge_step` are judged at their end. Without a
@@ -86,7 +100,9 @@ class LearningRateTooHighRule(Rule):
         halfway: The same when half of the planned steps are done.
         at_end: The same at the end.
         hopeless: The same that three times the steps should reach.
+        crippled: The same from `late_step` on, where most of a layer was killed.
         dead_gain: Growth of the dead share of a layer, in [0, 1].
+        dead_most: The same from which most of a layer is lost.
         bad_start: Multiple of ln C from which the start is to blame.
     """
 
@@ -104,16 +120,19 @@ class LearningRateTooHighRule(Rule):
     recovered: float = 0.9
     lost: float = 1.2
     hampered: float = 0.65
+    crippled: float = 0.5
     halfway: float = 0.6
     at_end: float = 0.4
     hopeless: float = 0.3
     dead_gain: float = 0.25
+    dead_most: float = 0.5
     bad_start: float = 3.0
 
     def __post_init__(self) -> None:
         for argument, low in (("jump", 1.0), ("logged_jump", 1.0), ("bad_start", 1.0)):
             check_number(argument, getattr(self, argument), low=low, high=math.inf)
-        check_number("dead_gain", self.dead_gain, low=0, high=1)
+        for argument in ("dead_gain", "dead_most"):
+            check_number(argument, getattr(self, argument), low=0, high=1)
         check_at_least("early_steps", self.early_steps, 1)
         check_at_least("judge_step", self.judge_step, self.early_steps)
 
@@ -122,67 +141,89 @@ class LearningRateTooHighRule(Rule):
         held = severity_of(active, (self.name, None))
         relaxed = HELD if is_problem(held) else 1.0
         broken = broken_since(history)
-        jump = self.find_jump(history, broken)
         worst = max(deaths(history), key=lambda death: death.gain, default=Death("", 0.0, 0.0))
-        killed = worst.gain > self.dead_gain * relaxed
-        if jump is None and killed and not started_badly(history, self.bad_start):
-            jump = any_overshoot(history)
+        damage = self._damage(history, worst.gain, relaxed)
+        jump = self.find_jump(history, broken) or self._weak_mark(history, damage)
+        collapse = self._collapsed(history, self.recovered * relaxed, KILLED_FROM if damage.killed else LOST_FROM)
         if jump is None:
-            yield from self._collapsed(history, self.recovered * relaxed)
+            yield from collapse
             return
-        loss, reference = recent_loss(history), _lost_level(history)
-        if broken is not None:
-            severity: Severity = "critical"
-        elif loss is None or reference is None:
-            return
-        else:
-            severity = self._severity(history, jump, killed, loss / reference)
-            if is_problem(
-                held
-            ):  # taken back only well below the thresholds that raised it, and never made worse by that
-                milder = self._severity(history, jump, killed, loss / (reference * relaxed))
+        severity: Severity = "critical"
+        if broken is None:
+            if math.isnan(damage.part):
+                return
+            severity = self._severity(history, jump, damage)
+            if is_problem(held):
+                # Taken back only well below the thresholds that raised it, and never made worse by that.
+                milder = self._severity(history, jump, damage._replace(part=damage.part / relaxed))
                 kept = min(milder, held or milder, key=SEVERITIES.index)
                 severity = max(severity, kept, key=SEVERITIES.index)
+        if severity == "info":
             judged = history.finished or steps_done(history) >= self.judge_step
-            if severity == "info" and (not judged or jump.overshoots):
+            if collapse or jump.overshoots is not None or not judged:
+                yield from collapse
                 return
-        bad = is_problem(severity)
-        outcome = _outcome(broken, loss if bad else None, reference, worst if killed else None)
-        yield Alert(
+        yield self._alert(history, jump, severity, worst if damage.killed else None)
+
+    def _damage(self, history: History, gain: float, relaxed: float) -> _Damage:
+        loss, reference = recent_loss(history), _lost_level(history)
+        part = math.nan if loss is None or reference is None else loss / reference
+        overshot = any_overshoot(history)
+        often = overshot is not None and (overshot.overshoots or 0.0) >= OVERSHOOT_SHARE
+        return _Damage(part, gain > self.dead_gain * relaxed, gain >= self.dead_most * relaxed, often)
+
+    def _weak_mark(self, history: History, damage: _Damage) -> Jump | None:
+        if started_badly(history, self.bad_start):
+            return None
+        overshot = any_overshoot(history) if damage.killed or damage.often else None
+        if overshot is None and damage.crippled and not _bad_batch(history):
+            return Jump(1.0, 0, True, 0.1, overshoots=0.0)
+        return overshot
+
+    def _severity(self, history: History, jump: Jump, damage: _Damage) -> Severity:
+        """How bad this damage is after this mark, at this time of the run."""
+        part, killed, crippled, often = damage
+        done, planned = steps_done(history), history.fact("planned_steps", math.inf)
+        later = max(0, jump.step - self.early_steps)
+        leapt, stuck = jump.overshoots is None, part > self.recovered
+        late = history.finished or done >= self.late_step + later
+        # A jump of the logged loss alone may be a rough start, and is given until `late_step`.
+        soon = leapt and done >= self.judge_step + later and (killed or jump.same_batch)
+        if leapt and part > self.lost and done >= self.judge_step:
+            return "critical"
+        if (
+            (stuck and (soon or (late and (killed or leapt))))
+            or (part > self.crippled and crippled and done >= self.late_step)
+            or (part > self.hampered and killed and leapt and late)
+            or (part > self.halfway and (killed or leapt) and done >= max(planned / 2, self.late_step + later))
+            or (part > self.at_end and (killed or often) and history.finished and self._hopeless(history, part))
+        ):
+            return "critical" if stuck else "warning"
+        return "info"
+
+    def _hopeless(self, history: History, part: float) -> bool:
+        """Whether even three times the steps would not do, as far as can be foreseen."""
+        seen = forecast_of(history, _LONGER)
+        return seen is None or seen.later > self.hopeless * seen.now / part
+
+    def _alert(self, history: History, jump: Jump, severity: Severity, killed: Death | None) -> Alert:
+        bad, broken, overshoots = is_problem(severity), broken_since(history), jump.overshoots
+        leap = self.jump if jump.same_batch else self.logged_jump
+        evidence = _evidence(history, jump)
+        if bad:
+            evidence["advised_rate_factor"] = jump.rate_factor
+        return Alert(
             rule=self.name,
             severity=severity,
-            value=jump.overshoots or jump.factor,
-            threshold=OVERSHOOT_SHARE if jump.overshoots else self.jump if jump.same_batch else self.logged_jump,
+            value=jump.factor if overshoots is None else overshoots,
+            threshold=leap if overshoots is None else OVERSHOOT_SHARE,
             cause="learning rate" if bad else "catapult",
-            message=f"{_describe(jump)}{outcome}.",
+            message=f"{describe(jump)}{_outcome(history, killed, bad=bad)}.",
             advice=_advice(history, jump, severity),
-            evidence=_evidence(history, jump, worst) | ({"advised_rate_factor": jump.rate_factor} if bad else {}),
+            evidence=evidence,
             alternatives=["a bad batch or a loss that can overflow"] if broken is not None else [],
             source=SOURCE,
         )
-
-    def _severity(self, history: History, jump: Jump, killed: bool, part: float) -> Severity:
-        """How bad it is that the loss is this part of what nothing learned means."""
-        done, planned = steps_done(history), history.fact("planned_steps", math.inf)
-        later = max(0, jump.step - self.early_steps)
-        leapt = not jump.overshoots
-        stuck = part > self.recovered
-        late = history.finished or done >= self.late_step + later
-        if stuck and late and (killed or leapt):
-            return "critical"
-        # A jump of the logged loss alone may be a rough start, and is given until `late_step`.
-        soon = done >= self.judge_step + later and (killed or jump.same_batch)
-        if leapt and ((stuck and soon) or (part > self.lost and done >= self.judge_step)):
-            return "critical"
-        if part > self.hampered and killed and leapt and late:
-            return "warning"
-        if part > self.halfway and (leapt or killed) and done >= max(planned / 2, self.late_step + later):
-            return "critical" if stuck else "warning"
-        if history.finished and part > self.at_end and killed:
-            seen = forecast_of(history, _LONGER)
-            if seen is None or seen.later > self.hopeless * seen.now / part:
-                return "warning"
-        return "info"
 
     def find_jump(self, history: History, broken: int | None) -> Jump | None:
         """The early jump, or the one that ended in a NaN; None if there is none or the start is to blame."""
@@ -193,15 +234,13 @@ class LearningRateTooHighRule(Rule):
             return batch_jump(history, broken - BEFORE_NAN, broken, self.jump)
         return jump
 
-    def _collapsed(self, history: History, level: float) -> Iterable[Alert]:
-        spike = find_spike(history, _SPIKE)
-        if spike is not None and not spike.rising:
-            return  # one bad batch: `gradient_spike` speaks of it
+    def _collapsed(self, history: History, level: float, lost_from: float) -> list[Alert]:
+        """At most one, of a run that had learned and has lost it."""
         guess, loss = guess_loss(history), recent_loss(history)
-        lowest = collapsed_to(history, level)
-        if guess is None or loss is None or lowest is None or broken_since(history) is not None:
-            return
-        yield Alert(
+        lowest = collapsed_to(history, level, lost_from)
+        if guess is None or loss is None or lowest is None or broken_since(history) is not None or _bad_batch(history):
+            return []
+        alert = Alert(
             rule=self.name,
             severity="critical",
             value=loss,
@@ -213,6 +252,13 @@ class LearningRateTooHighRule(Rule):
             alternatives=["a stretch of bad batches", "weights that grow without weight decay"],
             source=SOURCE,
         )
+        return [alert]
+
+
+def _bad_batch(history: History) -> bool:
+    """Whether one bad batch may be behind it all; `gradient_spike` speaks of it."""
+    spike = find_spike(history, _SPIKE)
+    return spike is not None and not spike.rising
 
 
 def _lost_level(history: History) -> float | None:
@@ -230,23 +276,13 @@ def explains_loss(history: History) -> bool:
     return history.once("explains_loss", lambda: any(is_problem(alert.severity) for alert in check(history, ())))
 
 
-def _describe(jump: Jump) -> str:
-    if not math.isfinite(jump.factor):
-        return f"The loss was NaN or infinite right after step {jump.step}"
-    if jump.overshoots:
-        return f"{jump.overshoots:.0%} of the updates raised the loss of their own batch"
-    grew = f"grew {jump.factor:.3g} times"
-    if jump.same_batch:
-        return f"At step {jump.step} the loss of one batch {grew} through its own update"
-    return f"By step {jump.step} the loss {grew} over the first one"
-
-
-def _outcome(broken: int | None, stuck: float | None, reference: float | None, killed: Death | None) -> str:
+def _outcome(history: History, killed: Death | None, *, bad: bool) -> str:
+    broken = broken_since(history)
     if broken is not None:
         return f", and it is no number since step {broken}"
     parts = []
-    if stuck is not None:
-        parts.append(f"it is {stuck:.3g} where nothing learned means {reference:.3g}")
+    if bad:
+        parts.append(f"it is {recent_loss(history):.3g} where nothing learned means {_lost_level(history):.3g}")
     if killed is not None:
         parts.append(f"{killed.gain:.0%} of the filters of {killed.layer} died since the start")
     return f", and {' and '.join(parts)}" if parts else ", and then it recovered (a catapult)"
@@ -260,7 +296,7 @@ def _advice(history: History, jump: Jump, severity: Severity) -> str:
     return f"Divide the learning rate by about {1 / jump.rate_factor:.0f}{target}, or warm it up."
 
 
-def _evidence(history: History, jump: Jump, worst: Death) -> dict[str, float]:
+def _evidence(history: History, jump: Jump) -> dict[str, float]:
     ratios = [point.value for point in history.finite("step_ratio") if point.step <= jump.step + 20]
     numbers = {
         "jump": jump.factor,
@@ -268,7 +304,7 @@ def _evidence(history: History, jump: Jump, worst: Death) -> dict[str, float]:
         "same_batch": float(jump.same_batch),
         "loss": recent_loss(history),
         "reference_loss": reference_loss(history),
-        "dead_gain": worst.gain if worst.layer else None,
+        "dead_gain": max((death.gain for death in deaths(history)), default=None),
         "overshoot_fraction": sum(ratio < 0 for ratio in ratios) / len(ratios) if ratios else None,
     }
     return {name: value for name, value in numbers.items() if value is not None}

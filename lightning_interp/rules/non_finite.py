@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lightning_interp.rules._evidence import broken_since, early_jump, first_bad_loss, first_loss
+from lightning_interp.rules._evidence import broken_since, first_bad_loss, first_loss
+from lightning_interp.rules._jumps import early_jump
 from lightning_interp.rules.alert import Alert, Severity
 from lightning_interp.rules.history import History
 from lightning_interp.rules.rule import Key, Rule

@@ -1,14 +1,8 @@
 import math
 
 from lightning_interp.rules import History
-from lightning_interp.rules._evidence import (
-    broken_since,
-    deaths,
-    early_end,
-    early_jump,
-    inputs_off,
-    reference_loss,
-)
+from lightning_interp.rules._evidence import broken_since, deaths, early_end, inputs_off, reference_loss
+from lightning_interp.rules._jumps import early_jump
 from tests.rules.writing import run_of, write
 
 

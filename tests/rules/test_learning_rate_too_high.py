@@ -82,8 +82,49 @@ def test_deaths_after_a_single_overshoot_are_a_mark_if_nothing_is_learned():
     """Neither a leap nor many overshoots: but a layer died, and the loss is where it began."""
     history = overshooting([0.5] * 19 + [-0.1], dead=0.9, losses=[2.3] * 120)
     assert check(LearningRateTooHighRule(), history)[0].severity == "critical"
-    sound = overshooting([0.5] * 20, dead=0.9, losses=[2.3] * 120)
+    sound = overshooting([0.5] * 20, dead=0.4, losses=[2.3] * 120)
     assert check(LearningRateTooHighRule(), sound) == []
+
+
+@pytest.mark.parametrize(
+    ("share", "part", "steps", "severity"),
+    [
+        (0.5, 0.95, 100, "critical"), (0.5, 0.6, 100, "warning"), (0.5, 0.95, 99, None), (0.49, 0.95, 100, None),
+        (0.5, 0.45, 100, None),
+    ],
+)  # fmt: skip
+def test_most_of_a_layer_dead_is_a_mark_without_any_overshoot(share, part, steps, severity):
+    """With dropout the loss of a batch before and after its update can't show one."""
+    history = overshooting([0.5] * 20, dead=share, losses=[2.3, *[part * math.log(10)] * (steps - 1)])
+    assert [alert.severity for alert in check(LearningRateTooHighRule(), history)] == [severity] * (
+        severity is not None
+    )
+
+
+def test_a_layer_that_died_of_a_bad_batch_is_not_blamed_on_the_rate():
+    history = overshooting([0.5] * 20, dead=0.9, losses=[*falling(80, tau=15), 60.0, *[2.3] * 60])
+    write(history, "loss_peak", [2.3] * 80 + [60.0], every=1)
+    assert check(LearningRateTooHighRule(), history) == []
+
+
+def test_a_run_that_overshoots_to_its_end_and_stays_far_up_is_warned_of():
+    """A fifth of all probed updates raised the loss of their own batch; no unit can die in a GELU."""
+    history = overshooting([-0.1, 0.5, 0.5, 0.5] * 100, losses=[2.3, *[0.5 * math.log(10)] * 399])
+    assert check(LearningRateTooHighRule(), history) == []
+    history.finished = True
+    assert [alert.severity for alert in check(LearningRateTooHighRule(), history)] == ["warning"]
+    fewer = overshooting([-0.1] * 10 + [0.5] * 90, losses=[2.3, *[0.5 * math.log(10)] * 399])
+    fewer.finished = True
+    assert check(LearningRateTooHighRule(), fewer) == []
+
+
+def test_under_a_warm_up_a_loss_that_was_down_and_is_back_up_is_not_waited_for():
+    """Three quarters of a guess are enough to have learned if a layer was killed; without that it is half."""
+    losses = [*[0.7 * math.log(10)] * 30, *[2.3] * 50]
+    for dead, expected in ((0.4, ["critical"]), (0.0, [])):
+        history = overshooting([0.5] * 40 + [-0.1], dead=dead, losses=losses)
+        write(history, "learning_rate", [0.01 * step for step in range(80)])
+        assert [alert.severity for alert in check(LearningRateTooHighRule(), history)] == expected
 
 
 def test_filters_dead_from_the_start_do_not_count():

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.diagnosis.cells import is_extra
+from benchmarks.diagnosis.cells import is_sampled
 from benchmarks.diagnosis.labels import label_all
 from benchmarks.diagnosis.peers import table
 from benchmarks.diagnosis.peers.observe import run
@@ -31,7 +31,7 @@ def compare(
     Returns:
         The tables, and how many runs failed.
     """
-    runs = [run for run in label_all(read_records(directory), read_plan(directory)) if not is_extra(run.spec)]
+    runs = [run for run in label_all(read_records(directory), read_plan(directory)) if is_sampled(run.spec)]
     chosen = sample(runs, count)
     judged = zip(chosen, replay((each.record for each in chosen), directory), strict=True)
     # What our rules say now, not what they said when the run was trained.
