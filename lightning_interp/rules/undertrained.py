@@ -85,7 +85,7 @@ class UndertrainedRule(Rule):
     horizon: float = 3.0
     from_part: float = 0.9
     dead: float = 0.25
-    certainty: float = 2.5
+    certainty: float = 3.0
     min_points: int = 16
     not_begun: float = 0.9
     short: float = 0.98

@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import asdict, replace
+from itertools import combinations
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from benchmarks.diagnosis import labels, replay, runner, score, tables, tune
-from benchmarks.diagnosis.cells import EASY, is_extra, is_held_out, suite
+from benchmarks.diagnosis.cells import EASY, is_extra, is_fresh, is_held_out, is_sampled, suite
 from benchmarks.diagnosis.census import census
 from benchmarks.diagnosis.data import load
 from benchmarks.diagnosis.faults import FAULTS, change_data
+from benchmarks.diagnosis.fresh import FRESH
 from benchmarks.diagnosis.models import ARCHITECTURES, HELD_OUT
 from benchmarks.diagnosis.spec import Spec
 from benchmarks.diagnosis.train import final_loss, run, train_plain
@@ -263,11 +265,15 @@ def test_keys_tell_all_runs_apart_and_every_fault_has_its_twin():
         alone = {spec.cell for spec in specs if spec.fault == "none"} - {spec.cell for spec in both}
         assert all(spec.data in EASY for spec in specs if spec.cell in alone)
         assert {spec.fault for spec in specs} == {*FAULTS, "none"}
-    kinds = Counter((spec.architecture, is_held_out(spec)) for spec in suite())
-    assert set(kinds) == {(name, False) for name in ARCHITECTURES} | {(name, True) for name in HELD_OUT}
-    tuned, held = ([spec for spec in suite() if is_held_out(spec) is kind] for kind in (False, True))
-    assert not {spec.data for spec in tuned} & {spec.data for spec in held}
-    assert not {spec.optimizer for spec in tuned} & {spec.optimizer for spec in held}
+    groups = [[spec for spec in suite() if spec.architecture in names] for names in (ARCHITECTURES, HELD_OUT, FRESH)]
+    assert sum(map(len, groups)) == len(suite())
+    assert [{(is_held_out(spec), is_fresh(spec)) for spec in group} for group in groups] == [
+        {(False, False)}, {(True, False)}, {(False, True)},
+    ]  # fmt: skip
+    for one, other in combinations(groups, 2):
+        shared = {spec.data for spec in one} & {spec.data for spec in other}
+        assert shared <= set(EASY)  # of runs without a ladder
+        assert not {spec.optimizer for spec in one} & {spec.optimizer for spec in other}
 
 
 def test_the_census_counts_units_that_no_image_reaches():
@@ -308,6 +314,7 @@ def test_the_run_with_alerts_trains_exactly_as_the_plain_one_and_can_be_judged_a
     json.dumps(kept, allow_nan=False)
     replay.write_history(history, tmp_path, kept["key"])
     again = replay.replay([kept], tmp_path)[0]["alerts"]
+    assert replay.replay([kept, kept], tmp_path, jobs=2) == 2 * replay.replay([kept], tmp_path)
     names = ("rule", "severity", "step")
     assert [[a[n] for n in names] for a in again] == [[a[n] for n in names] for a in kept["alerts"]]
 
@@ -362,3 +369,4 @@ def test_samples_and_thresholds_are_taken_of_ladders_only():
     ladders = Counter(spec.cell for spec in suite() if spec.long)
     assert all(spec.long or spec.cell not in ladders for spec in extra)
     assert all(spec.cell in ladders for spec in suite() if spec not in set(extra))
+    assert {spec for spec in suite() if not is_sampled(spec)} == {*extra, *filter(is_fresh, suite())}
