@@ -131,18 +131,24 @@ def _gain(rate: float, reached: Mapping[float, float], beyond: Callable[[float, 
 
 
 def overfitting(val_losses: Sequence[float | None], final: float | None, guess: float) -> Label:
-    """Whether stopping at the best epoch would have been better: rise of the validation loss above its minimum.
+    """Whether stopping at the best epoch would have been better: lasting rise of the validation loss above its minimum.
 
-    In units of the loss of a guess: more than 0.1 is overfitting if the training loss at the end is below half of it;
-    less than 0.03 is not, unless the validation loss stays more than 0.15 above the training loss: whether that is
-    overfitting only more images could tell, see `memorised`. A run whose loss did not fall can't be.
+    By how much the lowest of the last third of the validations, at least two, is above the lowest of all: a single
+    one is often high for a while, as with BatchNorm, and of a run that is still falling it is the last. In units of the
+    loss of a guess: more than 0.1 is overfitting if the training loss at the end is below half of it; less than 0.03 is
+    not, unless the validation loss stays more than 0.15 above the training loss: whether that is overfitting only more
+    images could tell, see `memorised`. A run whose loss did not fall can't be.
+
+    Example:
+        >>> overfitting([1.0, 0.5, 0.2], 0.1, 2.3), overfitting([1.0, 0.5, 0.9, 1.0], 0.1, 2.3)
+        (False, True)
     """
     values = [value for value in val_losses if value is not None]
     if final is None or final > 0.5 * guess or len(values) < 3:
         return False
-    now = sum(values[-2:]) / 2
-    risen = band((now - min(values)) / guess, 0.03, 0.1)
-    return None if risen is False and now - final > 0.15 * guess else risen
+    last = values[-max(2, len(values) // 3) :]
+    risen = band((min(last) - min(values)) / guess, 0.03, 0.1)
+    return None if risen is False and min(last) - final > 0.15 * guess else risen
 
 
 def memorised(record: Mapping[str, Any], twin: Mapping[str, Any] | None) -> Label:

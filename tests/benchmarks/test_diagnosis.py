@@ -134,11 +134,14 @@ def test_a_run_without_a_ladder_is_healthy_only_if_it_is_settled():
 
 def test_overfitting_is_what_stopping_early_would_have_saved():
     """A rise of the validation loss counts if the training loss is low, and not within noise."""
-    rise = [1.0, 0.4, 0.6, 0.9]
+    rise = [1.0, 0.4, 0.8, 0.9]
     assert labels.overfitting(rise, 0.01, LN10) is True
     assert labels.overfitting(rise, 2.0, LN10) is False
     assert labels.overfitting([1.0, 0.3, 0.32, 0.31], 0.01, LN10) is False
     assert labels.overfitting([1.0, 0.9, 0.9, 0.9], 0.01, LN10) is None
+    assert labels.overfitting([1.6, 0.6, 0.2], 0.1, LN10) is False  # still falling
+    assert labels.overfitting([1.0, 0.2, 0.1, 0.2, 3.0, 0.1], 0.1, LN10) is False  # high for once
+    assert labels.overfitting([1.0, 0.2, 0.4, 0.5], 0.2, LN10) is None
 
 
 def test_few_images_are_overfitted_if_all_of_them_would_have_done_better():
