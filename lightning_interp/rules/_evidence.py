@@ -118,21 +118,39 @@ def early_end(history: History, steps: int) -> int:
     return risen + steps if risen else steps
 
 
-def deaths(history: History, quantity: str = "dead_fraction") -> list[Death]:
+def deaths(history: History) -> list[Death]:
     """Dead share of each layer before the first update and now; layers without a window before it are left out."""
     found = []
-    for layer in history.layers(quantity):
-        series = history.get(quantity, layer)
+    for layer in history.layers("dead_fraction"):
+        series = history.get("dead_fraction", layer)
         early = list(islice(series.finite(), 2))
         if len(early) > 1 and early[0].step == 0:
-            found.append(Death(layer, early[0].value, next(series.finite(newest_first=True)).value))
+            now = next(series.finite(newest_first=True)).value
+            pruned = pruned_share(history, layer)
+            found.append(Death(layer, of_unpruned(early[0].value, pruned), of_unpruned(now, pruned)))
     return found
 
 
 def largest_dead(history: History) -> float:
     """Largest dead share of a layer now, 0 if none was measured."""
-    last = [history.get("dead_fraction", layer).last for layer in history.layers("dead_fraction")]
-    return max((point.value for point in last if point is not None and math.isfinite(point.value)), default=0.0)
+    last = [(layer, history.get("dead_fraction", layer).last) for layer in history.layers("dead_fraction")]
+    known = [(layer, point.value) for layer, point in last if point is not None and math.isfinite(point.value)]
+    return max((of_unpruned(dead, pruned_share(history, layer)) for layer, dead in known), default=0.0)
+
+
+def pruned_share(history: History, layer: str) -> float:
+    """Share of a layer that pruning took out."""
+    return history.fact("pruned_dead", 0.0, layer) / history.fact("num_filters", 1.0, layer)
+
+
+def of_unpruned(dead: float, pruned: float) -> float:
+    """A dead share, as the share of the filters that pruning has left: what was taken out has not died.
+
+    Example:
+        >>> of_unpruned(0.75, 0.5), of_unpruned(0.25, 0.5), of_unpruned(1.0, 1.0)
+        (0.5, 0.0, 0.0)
+    """
+    return max(0.0, dead - pruned) / (1 - pruned) if pruned < 1 else 0.0
 
 
 def inputs_off(history: History, mean: float = 0.2, spread: float = 2.0) -> bool:

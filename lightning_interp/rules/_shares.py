@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lightning_interp._options import check_number
 from lightning_interp.errors import ArgumentError
-from lightning_interp.rules._evidence import inputs_off, level, severity_of, started_badly
+from lightning_interp.rules._evidence import inputs_off, level, of_unpruned, pruned_share, severity_of, started_badly
 from lightning_interp.rules._jumps import early_jump
 from lightning_interp.rules.alert import Severity
 from lightning_interp.rules.history import History
@@ -64,21 +64,16 @@ def find_shares(
             continue
         # At the end no second window will follow that could bear the last one out.
         now = newest[0] if history.finished else min(newest)
-        pruned = _pruned(history, layer) if quantity == "dead_fraction" else 0.0
-        now = (now - pruned) / (1 - pruned) if pruned < 1 else 0.0
+        pruned = pruned_share(history, layer) if quantity == "dead_fraction" else 0.0
+        now = of_unpruned(now, pruned)
         severity = level(now, thresholds, severity_of(active, (rule, layer)))
         if now <= 0 or severity is None:
             continue
         points = history.finite(quantity, layer)
         born = _born(history, quantity, layer, pruned)
-        below = [i for i, point in enumerate(points) if point.value < min(thresholds[0], now)]
+        below = [i for i, point in enumerate(points) if of_unpruned(point.value, pruned) < min(thresholds[0], now)]
         since = points[below[-1] + 1].step if below and below[-1] + 1 < len(points) else points[0].step
         yield Share(layer, severity, now, born, since, *_cause(history, now, born, jumped))
-
-
-def _pruned(history: History, layer: str) -> float:
-    """Share of the layer that pruning took out."""
-    return history.fact("pruned_dead", 0.0, layer) / history.fact("num_filters", 1.0, layer)
 
 
 def _born(history: History, quantity: str, layer: str, pruned: float) -> float | None:
@@ -86,7 +81,7 @@ def _born(history: History, quantity: str, layer: str, pruned: float) -> float |
     if lasting is not None:
         return lasting.value / (1 - pruned)
     first = history.finite(quantity, layer)[0]
-    return max(0.0, first.value - pruned) / (1 - pruned) if first.step == 0 else None
+    return of_unpruned(first.value, pruned) if first.step == 0 else None
 
 
 def _cause(history: History, now: float, born: float | None, jumped: bool) -> tuple[str | None, list[str]]:

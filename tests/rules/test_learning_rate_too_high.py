@@ -107,6 +107,16 @@ def test_a_layer_that_died_of_a_bad_batch_is_not_blamed_on_the_rate():
     assert check(LearningRateTooHighRule(), history) == []
 
 
+def test_filters_that_were_pruned_have_not_died():
+    history = overshooting([0.5] * 20, dead=0.75, losses=[2.3] * 120)
+    history.note("num_filters", 16, layer="conv2")
+    history.note("pruned_dead", 12, layer="conv2")
+    assert check(LearningRateTooHighRule(), history) == []
+    history.note("pruned_dead", 4, layer="conv2")  # 8 of the 12 others
+    (alert,) = check(LearningRateTooHighRule(), history)
+    assert alert.evidence["dead_gain"] == pytest.approx(8 / 12)
+
+
 def test_a_run_that_overshoots_to_its_end_and_stays_far_up_is_warned_of():
     """A fifth of all probed updates raised the loss of their own batch; no unit can die in a GELU."""
     history = overshooting([-0.1, 0.5, 0.5, 0.5] * 100, losses=[2.3, *[0.5 * math.log(10)] * 399])

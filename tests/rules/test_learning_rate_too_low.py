@@ -61,6 +61,9 @@ def test_a_blow_up_explains_small_steps():
 def test_deaths_explain_small_steps():
     history = write(slow(), "dead_fraction", [0.0, 0.3], layer="conv1", every=300)
     assert check(LearningRateTooLowRule(), history) == []
+    history.note("num_filters", 10, layer="conv1")
+    history.note("pruned_dead", 3, layer="conv1")  # on purpose
+    assert len(check(LearningRateTooLowRule(), history)) == 1
 
 
 def test_a_bad_start_explains_small_steps():

@@ -111,6 +111,9 @@ def test_deaths_explain_a_high_loss():
     history = curve(CUT_SHORT["straight"], 0.0, 0)
     write(history, "dead_fraction", [0.0, 0.3], layer="conv1", every=300)
     assert check(UndertrainedRule(), history) == []
+    history.note("num_filters", 10, layer="conv1")
+    history.note("pruned_dead", 3, layer="conv1")  # on purpose
+    assert len(check(UndertrainedRule(), history)) == 1
 
 
 def test_a_too_high_rate_explains_a_high_loss():
