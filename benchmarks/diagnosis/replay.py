@@ -45,8 +45,8 @@ def replay(records: Iterable[dict[str, Any]], directory: Path, jobs: int = 1) ->
         said = [_ask(directory, record["key"], record["steps"]) for record in records]
     else:
         with ProcessPoolExecutor(jobs) as pool:
-            keys, steps = zip(*((record["key"], record["steps"]) for record in records), strict=True)
-            said = list(pool.map(_ask, repeat(directory), keys, steps, chunksize=16))
+            runs = [[record[name] for record in records] for name in ("key", "steps")]
+            said = list(pool.map(_ask, repeat(directory), *runs, chunksize=16))
     return [{**record, "alerts": alerts} for record, alerts in zip(records, said, strict=True)]
 
 

@@ -63,10 +63,10 @@ def reference_loss(history: History) -> float | None:
     return lowest if lowest > 0 else None
 
 
-def collapsed_to(history: History, part: float, lost_from: float) -> float | None:
+def collapsed_to(history: History, part: float) -> float | None:
     """The lowest loss of a run that had learned and has lost it again; None for others.
 
-    It had come below `lost_from` of ln C and is now above `part` of it, both as medians of `RECENT` losses.
+    It had come below ln C / 2 and is now above `part` of ln C, both as medians of `RECENT` losses.
     """
     guess, now = guess_loss(history), recent_loss(history)
     if guess is None or now is None or now <= part * guess:
@@ -74,7 +74,7 @@ def collapsed_to(history: History, part: float, lost_from: float) -> float | Non
     values = [point.value for point in history.finite("loss")]
     medians = [statistics.median(values[i : i + RECENT]) for i in range(0, len(values) - RECENT + 1, RECENT)]
     lowest = min(medians, default=math.inf)
-    return lowest if lowest < lost_from * guess else None
+    return lowest if lowest < 0.5 * guess else None
 
 
 def started_badly(history: History, factor: float) -> bool:
@@ -103,6 +103,12 @@ def first_bad_loss(history: History) -> int | None:
     return None if step == math.inf else int(step)
 
 
+def last_rated(history: History) -> int:
+    """The newest step whose learning rate is known; 0 if none is."""
+    rates = history.finite("learning_rate")
+    return rates[-1].step if rates else 0
+
+
 def early_end(history: History, steps: int) -> int:
     """Step before which the learning rate is on trial for the first time.
 
@@ -127,7 +133,10 @@ def deaths(history: History) -> list[Death]:
         if len(early) > 1 and early[0].step == 0:
             now = next(series.finite(newest_first=True)).value
             pruned = pruned_share(history, layer)
-            found.append(Death(layer, of_unpruned(early[0].value, pruned), of_unpruned(now, pruned)))
+            before, born = of_unpruned(early[0].value, pruned), history.get("born_dead_fraction", layer).last
+            if 0 < pruned < 1 and born is not None:  # which of the first ones were pruned since is not known otherwise
+                before = born.value / (1 - pruned)
+            found.append(Death(layer, before, of_unpruned(now, pruned)))
     return found
 
 

@@ -21,8 +21,8 @@ class Jump(NamedTuple):
             compared with the first one, which is all there is when the loss was not recognised.
         rate_factor: Part of the learning rate that a quadratic model of the loss would take, 1 / (2 (1 - step ratio)),
             within [0.01, 0.5]; 0.1 where there is no step ratio of the update that did it.
-        overshoots: Share of the updates that raised the loss of their own batch, where that is all that is known;
-            None after a real jump.
+        overshoots: None after a real jump; else the share of the probed updates that raised the loss of their own
+            batch, 0 where none did or none was probed.
     """
 
     factor: float
@@ -96,9 +96,9 @@ def _overshoots(history: History, end: int) -> Jump | None:
     return Jump(max(factors, default=1.0), risen[0][0], True, _rate_factor([risen[0][1]]), len(risen) / len(early))
 
 
-def any_overshoot(history: History) -> Jump | None:
-    """The worst update that raised the loss of its own batch, at any time; None if none did, or too few were probed."""
-    ratios = history.finite("step_ratio")
+def any_overshoot(history: History, before: float = math.inf) -> Jump | None:
+    """The worst update that raised the loss of its own batch, up to a step; None if none did, or few were probed."""
+    ratios = [point for point in history.finite("step_ratio") if point.step < before]
     worst = min(ratios, key=lambda point: point.value, default=None)
     if worst is None or worst.value >= 0 or len(ratios) < OVERSHOOT_PROBES:
         return None

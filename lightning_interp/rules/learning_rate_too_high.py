@@ -1,4 +1,4 @@
-"""Rule `learning_rate_too_high`: the loss leapt up in the first steps and the network did not get over it."""
+"""Rule `learning_rate_too_high`: the loss leapt up, or filters died, and the network did not get over it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from lightning_interp.rules._evidence import (
     broken_since,
     collapsed_to,
     deaths,
+    early_end,
     guess_loss,
     is_problem,
+    last_rated,
     recent_loss,
     reference_loss,
     severity_of,
@@ -23,7 +25,7 @@ from lightning_interp.rules._evidence import (
 )
 from lightning_interp.rules._forecast import forecast_of
 from lightning_interp.rules._jumps import OVERSHOOT_SHARE, Jump, any_overshoot, batch_jump, describe, early_jump
-from lightning_interp.rules._spikes import find_spike
+from lightning_interp.rules._spikes import Spike, find_spike
 from lightning_interp.rules.alert import SEVERITIES, Alert, Severity
 from lightning_interp.rules.history import History
 from lightning_interp.rules.rule import Key, Rule
@@ -32,7 +34,6 @@ HELD = 0.6  # part of its thresholds under which an alert that is up is taken ba
 BEFORE_NAN = 20  # steps before a NaN that are searched for its beginning
 _LONGER = 3.0  # times the steps, as in `UndertrainedRule.horizon`
 _SPIKE = 2.0  # as in `GradientSpikeRule.factor`
-LOST_FROM, KILLED_FROM = 0.5, 0.75  # part of ln C that a run must have been below to have lost it; with a layer killed
 SOURCE = "Lewkowycz et al. 2020 (catapult), Meltzer et al. 2023 (dead units grow with the rate); thresholds measured"
 
 
@@ -40,42 +41,42 @@ class _Damage(NamedTuple):
     """What there is of it.
 
     Attributes:
-        part: The loss, as a part of what nothing learned means.
-        killed, crippled: Whether a part of a layer died, and whether most of one did.
-        often: Whether a fifth of all updates raised the loss of their own batch.
+        part: The loss, as a part of what nothing learned means; NaN where that is not known.
+        killed, crippled: Whether a part of a layer died, and whether half of one did.
     """
 
     part: float
     killed: bool
     crippled: bool
-    often: bool
 
 
 @dataclass(frozen=True)
 class LearningRateTooHighRule(Rule):
-    """The marks of a too-high rate in the first steps, which it can't hide, and their lasting damage.
+    """The marks of a too-high rate, most of them in the first steps, and their lasting damage.
 
     The start was sound (see `bad_start`). A *mark* is, in the first `early_steps` steps (under a warm-up: up to so
     many steps after its end), `loss_after / loss_before > jump` on one batch, or `loss / first loss > logged_jump`, or
-    a fifth or more of the updates that raised the loss of their own batch (step ratio < 0). Weaker marks, which take
-    more damage: so many overshoots over the whole run; or any at all with a dead share of a layer that rose by more
-    than `dead_gain`; or that it rose by `dead_most`, unless a bad batch was seen (`gradient_spike`). With a mark
+    a fifth or more of the updates that raised the loss of their own batch (step ratio < 0). A weaker one, at any time,
+    is any such update in a run in which the dead share of a layer rose by more than `dead_gain`; or that it rose by
+    `dead_most` without one, unless a bad batch was seen (see `gradient_spike`). With a mark
 
-    - the loss is no number any more; or it is above `recovered` of ln C from `late_step` on, after a jump or with a
-      layer killed (`dead_gain`); after a jump of one batch, or with both, from `judge_step` on; or above `lost` of it
-      from `judge_step` on, warm-up or not: critical;
-    - or it is above `hampered` of that from `late_step` on, after a jump and with a layer killed, or above `crippled`
-      of it with most of one (`dead_most`); above `halfway` of it when half of the planned steps are done; above
-      `at_end` of it when they are all done, and three times the steps would not bring it below `hopeless`: a warning;
+    - the loss is no number any more (a weak mark does not count here); or it is above `recovered` of ln C from
+      `late_step` on, after a jump or with a layer killed (`dead_gain`); after a jump of one batch, or with both, from
+      `judge_step` on; or, after a jump, above `lost` of it from `judge_step` on, warm-up or not: critical;
+    - or it is above `hampered` of that from `late_step` on, after a jump and with a layer killed; above `crippled` of
+      it with half of one (`dead_most`), from `late_step` on, when the warm-up is over; above `halfway` of it, after a
+      jump or with a layer killed, when half of the planned steps are done; above `at_end` of it, with a layer killed,
+      when they are all done, and three times the steps would not bring it below `hopeless`: a warning;
     - or none of it: information, a "catapult"; often such runs generalise well. Overshoots and deaths alone are not
       mentioned: the edge of stability is a normal place to be, and of dead filters `dead_filters` speaks.
 
-    It is also critical if a NaN was preceded, within 20 steps, by such a jump of one batch: a bad batch would have had
-    its high loss before the update; and if a cross-entropy that had been below ln C / 2, or with a layer killed below
-    three quarters of it, is back above `recovered` ln C.
+    These steps are counted from the jump if it came later than `early_steps`; with a weak mark, but for `dead_most`,
+    the run is given another `late_step` after its warm-up. It is also critical if a NaN was preceded, within 20 steps,
+    by such a jump of one batch: a bad batch would have had its high loss before the update; and if a cross-entropy that
+    had been below ln C / 2 is back above `recovered` ln C.
 
-    The damage is done within some 20 steps; afterwards gradients and updates are tiny and look like a rate that is
-    too low, so only the early numbers tell. Runs shorter than `judge_step` are judged at their end. Without a
+    Most damage is done within some 20 steps; afterwards gradients and updates are tiny and look like a rate that is
+    too low, so the early numbers tell most. Runs shorter than `judge_step` are judged at their end. Without a
     cross-entropy the first loss stands for ln C; where the loss function was not recognised there is no
     `loss_after`, and the logged loss decides alone (`evidence["same_batch"]` is then 0).
 
@@ -100,9 +101,9 @@ class LearningRateTooHighRule(Rule):
         halfway: The same when half of the planned steps are done.
         at_end: The same at the end.
         hopeless: The same that three times the steps should reach.
-        crippled: The same from `late_step` on, where most of a layer was killed.
+        crippled: The same from `late_step` on, where half of a layer was killed.
         dead_gain: Growth of the dead share of a layer, in [0, 1].
-        dead_most: The same from which most of a layer is lost.
+        dead_most: The same from which it says enough by itself; at least `dead_gain`.
         bad_start: Multiple of ln C from which the start is to blame.
     """
 
@@ -131,8 +132,8 @@ class LearningRateTooHighRule(Rule):
     def __post_init__(self) -> None:
         for argument, low in (("jump", 1.0), ("logged_jump", 1.0), ("bad_start", 1.0)):
             check_number(argument, getattr(self, argument), low=low, high=math.inf)
-        for argument in ("dead_gain", "dead_most"):
-            check_number(argument, getattr(self, argument), low=0, high=1)
+        check_number("dead_gain", self.dead_gain, low=0, high=1)
+        check_number("dead_most", self.dead_most, low=self.dead_gain, high=1)
         check_at_least("early_steps", self.early_steps, 1)
         check_at_least("judge_step", self.judge_step, self.early_steps)
 
@@ -140,52 +141,57 @@ class LearningRateTooHighRule(Rule):
         """One alert for the run, or none."""
         held = severity_of(active, (self.name, None))
         relaxed = HELD if is_problem(held) else 1.0
-        broken = broken_since(history)
         worst = max(deaths(history), key=lambda death: death.gain, default=Death("", 0.0, 0.0))
-        damage = self._damage(history, worst.gain, relaxed)
-        jump = self.find_jump(history, broken) or self._weak_mark(history, damage)
-        collapse = self._collapsed(history, self.recovered * relaxed, KILLED_FROM if damage.killed else LOST_FROM)
-        if jump is None:
-            yield from collapse
+        damage, milder = (self._damage(history, worst.gain, part) for part in (1.0, relaxed))
+        jump, severity = self._verdict(history, damage)
+        if held is not None and is_problem(held):
+            # Taken back only well below the thresholds that raised it, and never made worse by that.
+            held_by, kept = self._verdict(history, milder)
+            jump, severity = jump or held_by, max(severity, min(kept, held, key=SEVERITIES.index), key=SEVERITIES.index)
+        if jump is not None and is_problem(severity):
+            yield self._alert(history, jump, severity, worst if milder.killed else None)
             return
-        severity: Severity = "critical"
-        if broken is None:
-            if math.isnan(damage.part):
-                return
-            severity = self._severity(history, jump, damage)
-            if is_problem(held):
-                # Taken back only well below the thresholds that raised it, and never made worse by that.
-                milder = self._severity(history, jump, damage._replace(part=damage.part / relaxed))
-                kept = min(milder, held or milder, key=SEVERITIES.index)
-                severity = max(severity, kept, key=SEVERITIES.index)
-        if severity == "info":
-            judged = history.finished or steps_done(history) >= self.judge_step
-            if collapse or jump.overshoots is not None or not judged:
-                yield from collapse
-                return
-        yield self._alert(history, jump, severity, worst if damage.killed else None)
+        collapse = self._collapsed(history, self.recovered * relaxed)
+        judged = history.finished or steps_done(history) >= self.judge_step
+        if collapse or jump is None or jump.overshoots is not None or math.isnan(damage.part) or not judged:
+            yield from collapse
+        else:
+            yield self._alert(history, jump, severity, worst if damage.killed else None)
+
+    def _verdict(self, history: History, damage: _Damage) -> tuple[Jump | None, Severity]:
+        """The mark, if there is one, and how bad it is; information also where that is not known."""
+        broken = broken_since(history)
+        jump = self.find_jump(history, broken)
+        if broken is not None:
+            return jump, "info" if jump is None else "critical"
+        mark = jump or self._weak_mark(history, damage)
+        if mark is None or math.isnan(damage.part):
+            return mark, "info"
+        return mark, self._severity(history, mark, damage, weak=jump is None)
 
     def _damage(self, history: History, gain: float, relaxed: float) -> _Damage:
+        """What there is of it, against these parts of the thresholds."""
         loss, reference = recent_loss(history), _lost_level(history)
-        part = math.nan if loss is None or reference is None else loss / reference
-        overshot = any_overshoot(history)
-        often = overshot is not None and (overshot.overshoots or 0.0) >= OVERSHOOT_SHARE
-        return _Damage(part, gain > self.dead_gain * relaxed, gain >= self.dead_most * relaxed, often)
+        part = math.nan if loss is None or reference is None else loss / (reference * relaxed)
+        return _Damage(part, gain > self.dead_gain * relaxed, gain >= self.dead_most * relaxed)
 
     def _weak_mark(self, history: History, damage: _Damage) -> Jump | None:
+        """An overshoot at any time where a layer was killed, or that most of one was; not after a bad batch."""
         if started_badly(history, self.bad_start):
             return None
-        overshot = any_overshoot(history) if damage.killed or damage.often else None
-        if overshot is None and damage.crippled and not _bad_batch(history):
-            return Jump(1.0, 0, True, 0.1, overshoots=0.0)
+        spike = _bad_batch(history)
+        overshot = any_overshoot(history, math.inf if spike is None else spike.step) if damage.killed else None
+        if overshot is None and damage.crippled and spike is None:
+            return Jump(1.0, 0, False, 0.1, overshoots=0.0)
         return overshot
 
-    def _severity(self, history: History, jump: Jump, damage: _Damage) -> Severity:
+    def _severity(self, history: History, jump: Jump, damage: _Damage, *, weak: bool) -> Severity:
         """How bad this damage is after this mark, at this time of the run."""
-        part, killed, crippled, often = damage
+        part, killed, crippled = damage
         done, planned = steps_done(history), history.fact("planned_steps", math.inf)
-        later = max(0, jump.step - self.early_steps)
         leapt, stuck = jump.overshoots is None, part > self.recovered
+        warm = early_end(history, 0)  # step of the last rise of a warm-up, 0 without one
+        later = warm + self.late_step if weak else max(0, jump.step - self.early_steps)
         late = history.finished or done >= self.late_step + later
         # A jump of the logged loss alone may be a rough start, and is given until `late_step`.
         soon = leapt and done >= self.judge_step + later and (killed or jump.same_batch)
@@ -193,10 +199,10 @@ class LearningRateTooHighRule(Rule):
             return "critical"
         if (
             (stuck and (soon or (late and (killed or leapt))))
-            or (part > self.crippled and crippled and done >= self.late_step)
+            or (part > self.crippled and crippled and done >= self.late_step and not warm >= last_rated(history) > 0)
             or (part > self.hampered and killed and leapt and late)
             or (part > self.halfway and (killed or leapt) and done >= max(planned / 2, self.late_step + later))
-            or (part > self.at_end and (killed or often) and history.finished and self._hopeless(history, part))
+            or (part > self.at_end and killed and history.finished and self._hopeless(history, part))
         ):
             return "critical" if stuck else "warning"
         return "info"
@@ -208,17 +214,23 @@ class LearningRateTooHighRule(Rule):
 
     def _alert(self, history: History, jump: Jump, severity: Severity, killed: Death | None) -> Alert:
         bad, broken, overshoots = is_problem(severity), broken_since(history), jump.overshoots
-        leap = self.jump if jump.same_batch else self.logged_jump
+        value, threshold = jump.factor, self.jump if jump.same_batch else self.logged_jump
+        if overshoots is not None:
+            value, threshold = overshoots, OVERSHOOT_SHARE
+        message = f"{describe(jump)}{_outcome(history, killed, bad=bad)}."
+        if overshoots == 0.0 and killed is not None:
+            value, threshold = killed.gain, self.dead_most
+            message = f"{_deaths(killed)}, and the loss is {_level(history)}."
         evidence = _evidence(history, jump)
         if bad:
             evidence["advised_rate_factor"] = jump.rate_factor
         return Alert(
             rule=self.name,
             severity=severity,
-            value=jump.factor if overshoots is None else overshoots,
-            threshold=leap if overshoots is None else OVERSHOOT_SHARE,
+            value=value,
+            threshold=threshold,
             cause="learning rate" if bad else "catapult",
-            message=f"{describe(jump)}{_outcome(history, killed, bad=bad)}.",
+            message=message,
             advice=_advice(history, jump, severity),
             evidence=evidence,
             alternatives=["a bad batch or a loss that can overflow"] if broken is not None else [],
@@ -234,10 +246,10 @@ class LearningRateTooHighRule(Rule):
             return batch_jump(history, broken - BEFORE_NAN, broken, self.jump)
         return jump
 
-    def _collapsed(self, history: History, level: float, lost_from: float) -> list[Alert]:
+    def _collapsed(self, history: History, level: float) -> list[Alert]:
         """At most one, of a run that had learned and has lost it."""
         guess, loss = guess_loss(history), recent_loss(history)
-        lowest = collapsed_to(history, level, lost_from)
+        lowest = collapsed_to(history, level)
         if guess is None or loss is None or lowest is None or broken_since(history) is not None or _bad_batch(history):
             return []
         alert = Alert(
@@ -255,10 +267,10 @@ class LearningRateTooHighRule(Rule):
         return [alert]
 
 
-def _bad_batch(history: History) -> bool:
-    """Whether one bad batch may be behind it all; `gradient_spike` speaks of it."""
+def _bad_batch(history: History) -> Spike | None:
+    """The one that may be behind it all; `gradient_spike` speaks of it."""
     spike = find_spike(history, _SPIKE)
-    return spike is not None and not spike.rising
+    return None if spike is None or spike.rising else spike
 
 
 def _lost_level(history: History) -> float | None:
@@ -280,12 +292,17 @@ def _outcome(history: History, killed: Death | None, *, bad: bool) -> str:
     broken = broken_since(history)
     if broken is not None:
         return f", and it is no number since step {broken}"
-    parts = []
-    if bad:
-        parts.append(f"it is {recent_loss(history):.3g} where nothing learned means {_lost_level(history):.3g}")
-    if killed is not None:
-        parts.append(f"{killed.gain:.0%} of the filters of {killed.layer} died since the start")
+    parts = [f"it is {_level(history)}"] if bad else []
+    parts += [] if killed is None else [_deaths(killed)]
     return f", and {' and '.join(parts)}" if parts else ", and then it recovered (a catapult)"
+
+
+def _level(history: History) -> str:
+    return f"{recent_loss(history):.3g} where nothing learned means {_lost_level(history):.3g}"
+
+
+def _deaths(killed: Death) -> str:
+    return f"{killed.gain:.0%} of the filters of {killed.layer} died since the start"
 
 
 def _advice(history: History, jump: Jump, severity: Severity) -> str:
@@ -298,13 +315,15 @@ def _advice(history: History, jump: Jump, severity: Severity) -> str:
 
 def _evidence(history: History, jump: Jump) -> dict[str, float]:
     ratios = [point.value for point in history.finite("step_ratio") if point.step <= jump.step + 20]
+    early = sum(ratio < 0 for ratio in ratios) / len(ratios) if ratios else None
+    leapt = jump.overshoots is None
     numbers = {
-        "jump": jump.factor,
-        "jump_step": float(jump.step),
-        "same_batch": float(jump.same_batch),
+        "jump": jump.factor if leapt else None,
+        "jump_step": float(jump.step) if leapt else None,
+        "same_batch": float(jump.same_batch) if leapt or jump.overshoots else None,
         "loss": recent_loss(history),
         "reference_loss": reference_loss(history),
         "dead_gain": max((death.gain for death in deaths(history)), default=None),
-        "overshoot_fraction": sum(ratio < 0 for ratio in ratios) / len(ratios) if ratios else None,
+        "overshoot_fraction": early if leapt else jump.overshoots,
     }
     return {name: value for name, value in numbers.items() if value is not None}
