@@ -74,7 +74,7 @@ def _full() -> list[list[Spec]]:
     groups += [ladder(cell, NARROW) for cell in _hard()]
     groups += [[cell] for cell in _alone(tuple(ARCHITECTURES), OPTIMIZERS, ALONE)]
     # Brute force does not know which of the filters of these networks are pruned, see `census`.
-    groups += [[cell] for cell in _alone(tuple(FRESH), ELSEWHERE[1].optimizers, ALONE[:3]) if cell.trait != "pruned"]
+    groups += [[cell] for cell in _alone(tuple(FRESH), ELSEWHERE[1].optimizers, ALONE) if cell.trait != "pruned"]
     groups += [ladder(cell, NARROW) + with_faults(cell, faults) for cell, faults in _faulty()]
     for there in ELSEWHERE:
         groups += [ladder(cell) for cell in _elsewhere(there)]
