@@ -84,7 +84,7 @@ class UndertrainedRule(Rule):
     fall: float = 0.09
     horizon: float = 3.0
     from_part: float = 0.9
-    dead: float = 0.25
+    dead: float = 0.5
     certainty: float = 3.0
     min_points: int = 16
     not_begun: float = 0.9

@@ -108,11 +108,15 @@ def test_a_long_run_is_fitted_to_merged_losses():
 
 
 def test_deaths_explain_a_high_loss():
-    history = curve(CUT_SHORT["straight"], 0.0, 0)
-    write(history, "dead_fraction", [0.0, 0.3], layer="conv1", every=300)
+    """Those of half of a layer: with fewer a network learns on, and more steps help it too."""
+    for share, count in ((0.5, 0), (0.4, 1)):
+        history = curve(CUT_SHORT["straight"], 0.0, 0)
+        write(history, "dead_fraction", [0.0, share], layer="conv1", every=300)
+        assert len(check(UndertrainedRule(), history)) == count
+    write(history, "dead_fraction", [0.0, 0.6], layer="conv2", every=300)
     assert check(UndertrainedRule(), history) == []
-    history.note("num_filters", 10, layer="conv1")
-    history.note("pruned_dead", 3, layer="conv1")  # on purpose
+    history.note("num_filters", 10, layer="conv2")
+    history.note("pruned_dead", 3, layer="conv2")  # on purpose; of the others 3 of 7
     assert len(check(UndertrainedRule(), history)) == 1
 
 
