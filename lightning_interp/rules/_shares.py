@@ -56,8 +56,9 @@ def find_shares(
     history: History, quantity: str, rule: str, thresholds: Thresholds, active: Collection[Key]
 ) -> Iterator[Share]:
     """The layers of which a threshold was reached in two windows running."""
-    # After a bad start the loss leaps because of it, whatever the rate.
-    jumped = early_jump(history) is not None and not started_badly(history, BAD_START)
+    # After a bad start the loss leaps, and filters die, because of it, whatever the rate.
+    bad_start = started_badly(history, BAD_START)
+    jumped = early_jump(history) is not None and not bad_start
     for layer in history.layers(quantity):
         newest = [point.value for point in islice(history.get(quantity, layer).finite(newest_first=True), 2)]
         if len(newest) < 2:
@@ -73,7 +74,7 @@ def find_shares(
         born = _born(history, quantity, layer, pruned)
         below = [i for i, point in enumerate(points) if of_unpruned(point.value, pruned) < min(thresholds[0], now)]
         since = points[below[-1] + 1].step if below and below[-1] + 1 < len(points) else points[0].step
-        yield Share(layer, severity, now, born, since, *_cause(history, now, born, jumped))
+        yield Share(layer, severity, now, born, since, *_cause(history, now, born, jumped=jumped, bad_start=bad_start))
 
 
 def _born(history: History, quantity: str, layer: str, pruned: float) -> float | None:
@@ -84,10 +85,14 @@ def _born(history: History, quantity: str, layer: str, pruned: float) -> float |
     return of_unpruned(first.value, pruned) if first.step == 0 else None
 
 
-def _cause(history: History, now: float, born: float | None, jumped: bool) -> tuple[str | None, list[str]]:
-    """Dead from the start: not the rate. Died after the loss had leapt up: the rate. Otherwise unknown."""
+def _cause(
+    history: History, now: float, born: float | None, *, jumped: bool, bad_start: bool
+) -> tuple[str | None, list[str]]:
+    """Dead from the start, or after a bad one: not the rate. Died after the loss had leapt up: the rate."""
     start = ["inputs", "initialisation"] if inputs_off(history) else ["initialisation", "inputs"]
     start.insert(1, "bias")
+    if bad_start:
+        return start[0], start[1:]
     if born is None:
         return ("learning rate", start) if jumped else (None, ["learning rate", *start])
     if born >= 0.5 * now:

@@ -130,7 +130,7 @@ def test_at_the_end_one_window_is_enough():
     assert check(DeadFiltersRule(), history)[0].severity == "critical"
 
 
-def test_after_a_bad_start_the_rate_is_not_to_blame():
+def test_after_a_bad_start_that_is_to_blame_and_not_the_rate():
     """The loss leapt because it began far too high."""
 
     def died(first):
@@ -138,4 +138,9 @@ def test_after_a_bad_start_the_rate_is_not_to_blame():
         return write(history, "dead_fraction", [0.0, 0.6, 0.6], layer="conv1")
 
     assert check(DeadFiltersRule(), died(2.3))[0].cause == "learning rate"
-    assert check(DeadFiltersRule(), died(40.0))[0].cause != "learning rate"
+    history = died(40.0)
+    assert check(DeadFiltersRule(), history)[0].cause == "initialisation"
+    history.note("input_mean", 120.0)
+    (alert,) = check(DeadFiltersRule(), history)
+    assert (alert.cause, "subtract 120" in alert.advice) == ("inputs", True)
+    assert "learning rate" not in alert.alternatives
