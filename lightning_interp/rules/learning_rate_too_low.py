@@ -57,7 +57,8 @@ class LearningRateTooLowRule(Rule):
     Source: trust-region ratio, Nocedal and Wright 2006, equation 4.4; alpha of Schneider et al. 2021 is 1 - 2 ratio.
     Measured by `benchmarks/diagnosis` on five small networks, three data sets and three optimizers, on which the
     thresholds were chosen, and longer runs: found 52 of 53 to which a higher rate would have brought 0.3 of the
-    attainable fall of the loss, with one false alarm; elsewhere 24 of 36, with four.
+    attainable fall of the loss, with one false alarm; elsewhere 24 of 36, with four, and on networks, data and
+    optimizers added when the rule was finished 36 of 38, with one.
 
     Attributes:
         ratio: Step ratio from which steps are called short.

@@ -61,14 +61,15 @@ class UndertrainedRule(Rule):
 
     Source: learning curves as power laws, Hestness et al. 2017, Kaplan et al. 2020. Measured by `benchmarks/diagnosis`
     on five small networks, three data sets and three optimizers, on which the thresholds were chosen: found 40 of 43
-    runs to which three times the steps brought 0.2 of the attainable fall of the loss, with two false alarms; on other
-    networks, data and optimizers 34 of 41, with three. It misses most where a noisy loss hides the fall.
+    runs to which three times the steps brought 0.2 of the attainable fall of the loss, with three false alarms; on
+    other networks, data and optimizers 35 of 41, with four, and on further ones 47 of 55, with four (41 before `dead`
+    was raised, which they led to). It misses most where a noisy loss hides the fall.
 
     Attributes:
         fall: Part of ln C, or of the first loss, by which it must still fall near the floor.
         horizon: How many times longer the training is thought.
         from_part: Part of the planned steps from which it is mentioned.
-        dead: Dead share of a layer that explains a high loss, in [0, 1].
+        dead: Dead share of a layer that explains a high loss, in [0, 1]; with less of it dead a network learns on.
         certainty: Standard errors by which the loss must have fallen within the last half.
         min_points: Losses that the last half must have.
         not_begun: Part of ln C (or of the first loss, the smaller one) above which nothing was learned yet.
