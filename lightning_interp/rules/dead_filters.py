@@ -27,8 +27,8 @@ class DeadFiltersRule(Rule):
 
     Source: CS231n; Lu et al. 2019. Measured by `benchmarks/diagnosis` against a count over all images: found 107 of
     107 runs with a quarter of a layer dead or more, and one other; on other networks, data and optimizers 142 of 143,
-    and one other. Born dead are those that are dead in every window: the first one is a single batch, and of the filters
-    that are silent in it some fire later.
+    and one other. Born dead are those that are dead in every window: the first one is a single batch, and of the
+    filters that are silent in it some fire later.
 
     Attributes:
         info: Share in [0, 1] that is worth a note.
