@@ -191,7 +191,7 @@ def is_held_out(spec: Spec) -> bool:
 
 
 def is_fresh(spec: Spec) -> bool:
-    """Whether nothing at all about the rules was chosen on the run, since they were finished when it was added."""
+    """Whether it was added when the rules were finished; the README says what its first look led to."""
     return spec.architecture in FRESH
 
 

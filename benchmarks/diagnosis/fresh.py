@@ -1,4 +1,4 @@
-"""Networks that were added once the rules stood as they are: nothing about a rule was chosen on their runs."""
+"""Networks that were added when the rules were finished: the first look at them tested rules not made for them."""
 
 from __future__ import annotations
 

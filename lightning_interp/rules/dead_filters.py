@@ -25,8 +25,8 @@ class DeadFiltersRule(Rule):
     update, or after a bad start -> inputs (if these are off), initialisation or bias; died after the loss had leapt up
     in the first steps -> learning rate; else unknown. Does not need a cross-entropy, or any particular loss.
 
-    Source: CS231n; Lu et al. 2019. Measured by `benchmarks/diagnosis` against a count over all images: found 107 of
-    107 runs with a quarter of a layer dead or more, and one other; on other networks, data and optimizers 142 of 143,
+    Source: CS231n; Lu et al. 2019. Measured by `benchmarks/diagnosis` against a count over all images: found 110 of
+    110 runs with a quarter of a layer dead or more, and one other; on other networks, data and optimizers 142 of 143,
     and one other. Born dead are those that are dead in every window: the first one is a single batch, and of the
     filters that are silent in it some fire later.
 
