@@ -103,12 +103,6 @@ def first_bad_loss(history: History) -> int | None:
     return None if step == math.inf else int(step)
 
 
-def last_rated(history: History) -> int:
-    """The newest step whose learning rate is known; 0 if none is."""
-    rates = history.finite("learning_rate")
-    return rates[-1].step if rates else 0
-
-
 def early_end(history: History, steps: int) -> int:
     """Step before which the learning rate is on trial for the first time.
 
@@ -122,6 +116,12 @@ def early_end(history: History, steps: int) -> int:
             risen = step
         peak = max(peak, rate)
     return risen + steps if risen else steps
+
+
+def warming_up(history: History) -> bool:
+    """Whether the first rise of the learning rate goes on, as far as the newest step at which it is known."""
+    rates = history.finite("learning_rate")
+    return bool(rates) and 0 < rates[-1].step <= early_end(history, 0)
 
 
 def deaths(history: History) -> list[Death]:

@@ -16,12 +16,12 @@ from lightning_interp.rules._evidence import (
     early_end,
     guess_loss,
     is_problem,
-    last_rated,
     recent_loss,
     reference_loss,
     severity_of,
     started_badly,
     steps_done,
+    warming_up,
 )
 from lightning_interp.rules._forecast import forecast_of
 from lightning_interp.rules._jumps import OVERSHOOT_SHARE, Jump, any_overshoot, batch_jump, describe, early_jump
@@ -190,8 +190,7 @@ class LearningRateTooHighRule(Rule):
         part, killed, crippled = damage
         done, planned = steps_done(history), history.fact("planned_steps", math.inf)
         leapt, stuck = jump.overshoots is None, part > self.recovered
-        warm = early_end(history, 0)  # step of the last rise of a warm-up, 0 without one
-        later = warm + self.late_step if weak else max(0, jump.step - self.early_steps)
+        later = early_end(history, 0) + self.late_step if weak else max(0, jump.step - self.early_steps)
         late = history.finished or done >= self.late_step + later
         # A jump of the logged loss alone may be a rough start, and is given until `late_step`.
         soon = leapt and done >= self.judge_step + later and (killed or jump.same_batch)
@@ -199,7 +198,7 @@ class LearningRateTooHighRule(Rule):
             return "critical"
         if (
             (stuck and (soon or (late and (killed or leapt))))
-            or (part > self.crippled and crippled and done >= self.late_step and not warm >= last_rated(history) > 0)
+            or (part > self.crippled and crippled and done >= self.late_step and not warming_up(history))
             or (part > self.hampered and killed and leapt and late)
             or (part > self.halfway and (killed or leapt) and done >= max(planned / 2, self.late_step + later))
             or (part > self.at_end and killed and history.finished and self._hopeless(history, part))

@@ -142,6 +142,7 @@ def test_overfitting_is_what_stopping_early_would_have_saved():
     assert labels.overfitting([1.6, 0.6, 0.2], 0.1, LN10) is False  # still falling
     assert labels.overfitting([1.0, 0.2, 0.1, 0.2, 3.0, 0.1], 0.1, LN10) is False  # high for once
     assert labels.overfitting([1.0, 0.2, 0.4, 0.5], 0.2, LN10) is None
+    assert labels.overfitting([1.0, 0.2, 0.1, 0.2, 0.2, 0.2, 0.12, 0.6, 0.9], 0.1, LN10) is False  # of the last third
 
 
 def test_few_images_are_overfitted_if_all_of_them_would_have_done_better():

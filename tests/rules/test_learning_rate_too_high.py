@@ -376,3 +376,9 @@ def test_overshoots_without_damage_or_too_few_of_them_are_no_alert():
     assert check(LearningRateTooHighRule(), overshooting([-1.0] * 8 + [0.5] * 12, losses=losses)) == []
     assert check(LearningRateTooHighRule(), overshooting([-1.0] * 3 + [0.5] * 17, dead=0.9)) == []  # before step 100
     assert check(LearningRateTooHighRule(), overshooting([-1.0] * 5, dead=0.9)) == []
+
+
+def test_a_single_overshoot_among_few_probes_is_no_mark():
+    for probes, expected in ((9, []), (10, ["critical"])):
+        history = overshooting([-0.1, *[0.5] * (probes - 1)], dead=0.3, losses=[2.3] * 300)
+        assert [alert.severity for alert in check(LearningRateTooHighRule(), history)] == expected
