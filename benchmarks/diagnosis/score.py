@@ -143,6 +143,12 @@ def causes(runs: Iterable[Labelled]) -> Interval:
     return wilson(sum(map(right_cause, found)), len(found))
 
 
+def wrong_causes(runs: Iterable[Labelled], rule: str) -> Interval:
+    """Of the faulty runs whose primary alert is of this rule, those in which it names a cause that is not right."""
+    led = [run for run in runs if run.faulty and (alert := primary(run)) is not None and alert["rule"] == rule]
+    return wilson(sum(not right_cause(run) for run in led), len(led))
+
+
 def damaged_early(run: Labelled) -> bool:
     """Whether the loss leapt to half as much again over the first one, or to NaN, in the first 50 steps."""
     early = run.record["early"][:DAMAGE_BY]

@@ -18,6 +18,7 @@ from benchmarks.diagnosis.score import (
     named_soon,
     primary,
     rule_score,
+    wrong_causes,
 )
 
 MAX_FAILURES = 400
@@ -93,8 +94,9 @@ def _rules(runs: Sequence[Labelled]) -> str:
         score = rule_score(runs, rule)
         delay = "-" if math.isnan(score.delay) else f"{score.delay:.0f}"
         row = [percent(score.recall), percent(score.precision), percent(score.false_alarms)]
-        rows.append([f"`{rule}`", *row, str(score.ambiguous), delay])
-    head = ["rule", "recall", "precision", "of healthy runs", "ambiguous", "median steps to alert"]
+        rows.append([f"`{rule}`", *row, percent(wrong_causes(runs, rule)), str(score.ambiguous), delay])
+    head = ["rule", "recall", "precision", "of healthy runs", "wrong cause, where first", "ambiguous"]
+    head.append("median steps to alert")
     return "## Rules, with 95 % Wilson intervals\n\n" + table(head, rows)
 
 

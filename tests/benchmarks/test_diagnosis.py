@@ -212,6 +212,8 @@ def test_a_wrong_cause_is_counted_and_information_is_no_alarm():
     lines[1]["alerts"] = [alert("dead_filters", "info")]
     runs = list(by_rate(lines).values())
     assert score.causes(runs)[:2] == (0, 1)
+    assert score.wrong_causes(runs, "bad_start")[:2] == (1, 1)
+    assert score.wrong_causes(runs, "learning_rate_too_low")[:2] == (0, 0)
     assert score.false_alarms(runs)[:2] == (0, 1)
 
 
