@@ -46,13 +46,21 @@ def _extreme(channels: Tensor, *, largest: bool) -> Tensor:
 
 
 def _fired_soon(channels: Tensor, activation: str | None) -> Tensor:
-    """As `fired`, behind an exact zero and on a CPU: the first few samples prove nearly all filters alive."""
+    """As `fired`, on a CPU: what the first few samples do proves nearly all filters alive."""
     few = channels.shape[0] // _FEW
     alive = fired(channels[:few], activation)
     suspects = (~alive).nonzero().flatten()
     if suspects.numel():
-        alive.index_copy_(0, suspects, fired(channels[few:].index_select(1, suspects), activation))
+        # Where a value that changes is life, one that is constant among the first may be another among the rest.
+        rest = channels[few:] if activation in ops.EXACT_ZERO else channels
+        alive.index_copy_(0, suspects, fired(rest.index_select(1, suspects), activation))
     return alive
+
+
+def _silent(channels: Tensor, activation: str | None) -> bool:
+    """Whether no channel at all has fired, where one number on a CPU says so; True is certain, False is not."""
+    one_tells = activation in ops.EXACT_ZERO and activation in ops.NON_NEGATIVE
+    return one_tells and channels.device.type == "cpu" and channels.numel() > 0 and not bool(channels.max())
 
 
 class _Watch:
@@ -78,10 +86,13 @@ class _Watch:
     def read(self, channels: Tensor, activation: str | None) -> None:
         """Takes note of (P, C, Q), without a wait for the device."""
         if self.suspects is not None:
-            now = fired(channels.index_select(1, self.suspects), activation)
+            chosen = channels.index_select(1, self.suspects)
+            if self.evidence is not None and _silent(chosen, activation):
+                return  # as on most batches: the dead are still dead
+            now = fired(chosen, activation)
             self.evidence = now if self.evidence is None else self.evidence.logical_or_(now)
             return
-        soon = activation in ops.EXACT_ZERO and not channels.is_cuda and channels.shape[0] >= 2 * _FEW
+        soon = channels.device.type == "cpu" and channels.shape[0] >= 2 * _FEW
         now = _fired_soon(channels, activation) if soon else fired(channels, activation)
         self.alive = self.alive.logical_or_(now) if self.forwards > 1 else now
 

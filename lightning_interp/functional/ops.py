@@ -83,6 +83,10 @@ def activation_name(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 def writes(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether an operation writes over its input: `add_`, `__iadd__`, `inplace=True`, `out=`."""
+    return _is_in_place(func) or bool(kwargs.get("inplace")) or kwargs.get("out") is not None
+
+
+@functools.lru_cache(maxsize=2048)
+def _is_in_place(func: Any) -> bool:
     name = str(getattr(func, "__name__", ""))
-    in_place = name.startswith("__i") if name.startswith("__") else name.endswith("_")
-    return in_place or bool(kwargs.get("inplace")) or kwargs.get("out") is not None
+    return name.startswith("__i") if name.startswith("__") else name.endswith("_")

@@ -131,10 +131,12 @@ class ActivationTracer(TorchFunctionMode):
         self._inside -= 1
         if self._inside or self.error or module.training is not training or not self._concerned():
             return
-        if isinstance(output, Tensor) and output.is_floating_point():
+        if isinstance(output, Tensor):
             self._guard(lambda: self._begin(name, module, output))
 
     def _begin(self, name: str, module: nn.Module, output: Tensor) -> None:
+        if not output.is_floating_point():
+            return
         self.reached.add(name)
         linear = isinstance(module, nn.Linear)
         axis = output.ndim - 1 if linear else output.ndim - 1 - len(module.kernel_size)  # type: ignore[arg-type]
@@ -207,7 +209,7 @@ class ActivationTracer(TorchFunctionMode):
         for strand in self._book.of(tensor):
             layout = moved(strand.layout, result)
             if layout is not None and layout.fits(result.shape):
-                kept.append(strand._replace(layout=layout))
+                kept.append(strand if layout is strand.layout else strand._replace(layout=layout))
             else:  # mixed with other channels, or spread over several axes: it ends here
                 self._book.end_strand(strand, tensor)
         self._book.read(tensor)
@@ -292,7 +294,8 @@ class ActivationTracer(TorchFunctionMode):
         """Runs our own code inside the user's forward: an error of ours must not become one of theirs."""
         started = time.perf_counter()
         try:
-            return work()
+            with torch._C.DisableTorchFunction():  # in a hook our own mode is on, and would hear each look at a shape
+                return work()
         except Exception as error:  # reported by whoever owns the reader
             self.error = error
             return None

@@ -85,6 +85,49 @@ def test_a_window_is_the_union_of_its_forwards_however_often_it_is_narrowed(data
         assert liveness.seen() == set()
 
 
+@settings(max_examples=150, deadline=None)
+@given(st.data(), st.sampled_from(["relu", "hardswish", "gelu", None]))
+def test_life_late_in_a_large_batch_is_found(data, activation):
+    """Of large batches the first samples are read first, and channels known to be dead as one: no value is missed."""
+    size = data.draw(st.integers(16, 33))
+    constant = 0.0 if activation in ops.EXACT_ZERO else data.draw(st.sampled_from([0.0, -2.0, float("inf")]))
+    liveness, everything = Liveness(), [False] * 3
+    for _ in range(data.draw(st.integers(1, 4))):
+        numbers = torch.full((size, 3, 2), constant)
+        for place in data.draw(st.lists(st.tuples(*(st.integers(0, n - 1) for n in numbers.shape)), max_size=4)):
+            value = data.draw(VALUES)
+            numbers[place] = abs(value) if activation in ops.NON_NEGATIVE else value
+        liveness.read(end(numbers, activation=activation))
+        everything = [a or b for a, b in zip(everything, naive(numbers, activation), strict=True)]
+        if data.draw(st.booleans()):
+            liveness.narrow()
+    assert liveness.alive()["a"].tolist() == everything
+
+
+def test_two_constants_in_one_large_batch_are_life():
+    """Each half of the batch has one value, so that a half alone tells nothing."""
+    numbers = torch.ones(16, 2, 3)
+    numbers[2:, 1] = 2
+    liveness = Liveness()
+    liveness.read(end(numbers, activation=None))
+    assert liveness.alive()["a"].tolist() == [False, True]
+
+
+@pytest.mark.parametrize("value", [-0.25, 0.25, float("nan")])
+def test_one_value_among_suspects_is_found(value):
+    """Also below zero, where a maximum would not show it; whatever was known of the suspects before."""
+    liveness = Liveness()
+    first = torch.zeros(4, 6, 2)
+    first[:, :3] = 1
+    for step in range(5):
+        numbers = first.clone()
+        if step == 3:
+            numbers[2, 4, 1] = value
+        liveness.read(end(numbers, activation="relu" if value > 0 else "hardswish"))
+        liveness.narrow()
+    assert liveness.dead()["a"].tolist() == [False, False, False, True, False, True]
+
+
 def test_suspects_shrink_to_nothing():
     """All are suspects until `narrow`; a layer whose filters have all fired is none."""
     liveness = Liveness()
