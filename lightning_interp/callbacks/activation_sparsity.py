@@ -29,6 +29,8 @@ from lightning_interp.render.color import denormalise
 from lightning_interp.render.maps import activation_grid
 
 _SAMPLE_EVERY = 50
+# Not the first: Lightning has just logged then, and a GPU, which has worked off its queue for that, would wait for us.
+_SAMPLE_AT = 5
 _MAX_CHANNELS = 64
 _BINS = 20
 _IMAGE_AXES = 4
@@ -37,8 +39,9 @@ _IMAGE_AXES = 4
 class ActivationSparsity(InterpCallback):
     """Measures the share of exact zeros behind each non-linearity, and shows the activation maps of fixed images.
 
-    Sampled: the first training batch of an epoch and every 50th after it (with a step schedule: the batches that are
-    due). High sparsity is no fault in itself; `DeadFilters` tells what is.
+    Sampled: the first batch of the training, then in each epoch the sixth and every 50th after it (of an epoch that is
+    shorter, or of unknown length, the first and every 50th; with a step schedule the batches that are due). High
+    sparsity is no fault in itself; `DeadFilters` tells what is.
 
     Logs:
         `interp.sparsity/<NN>_<layer>`: share of zeros over channels and positions, in [0, 1].
@@ -138,7 +141,7 @@ class ActivationSparsity(InterpCallback):
         due = step == 0 or self.step_due(trainer, step) or self._observer is not None
         if due or self._sampled(trainer, batch_idx):
             return BatchHooks(self._batch_hooks)
-        to_sample = _SAMPLE_EVERY - 1 - batch_idx % _SAMPLE_EVERY
+        to_sample = (_sampled_at(trainer) - 1 - batch_idx) % _SAMPLE_EVERY
         return BatchHooks((), more=min(self.schedule.quiet(step), to_sample))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -200,11 +203,13 @@ class ActivationSparsity(InterpCallback):
 
     def _sampled(self, trainer: Trainer, batch_idx: int) -> bool:
         step = self.step_of(trainer)
-        if self.schedule.every_n_epochs is not None:
-            return batch_idx % _SAMPLE_EVERY == 0 and (
-                self.schedule.epoch_due(trainer.current_epoch) or trainer.num_training_batches == float("inf")
-            )
-        return step == 0 or self.step_due(trainer, step)
+        if self.schedule.every_n_epochs is None:
+            return step == 0 or self.step_due(trainer, step)
+        if step == batch_idx == 0:
+            return True
+        endless = trainer.num_training_batches == float("inf")
+        now = batch_idx % _SAMPLE_EVERY == _sampled_at(trainer)
+        return now and (endless or self.schedule.epoch_due(trainer.current_epoch))
 
     def _wanted(self, unit: str) -> bool:
         return self.layers is None or any(fnmatchcase(unit, pattern) for pattern in self.layers)
@@ -316,6 +321,12 @@ class ActivationSparsity(InterpCallback):
             chosen = {name: values for name, values in maps.by_unit.items() if self._wanted(name)}
             pictures = {name: partial(_picture, values[index], image) for name, values in chosen.items()}
             self.log_pictures(trainer, quantity, pictures, step=step)
+
+
+def _sampled_at(trainer: Trainer) -> int:
+    """Of each fifty batches of an epoch, which one is sampled."""
+    count = trainer.num_training_batches
+    return _SAMPLE_AT % _SAMPLE_EVERY if _SAMPLE_AT < count < float("inf") else 0
 
 
 class _Maps:

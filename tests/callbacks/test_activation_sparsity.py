@@ -72,14 +72,27 @@ def test_sampled_batches_of_each_epoch(monkeypatch):
     """The first batch alone at step 0; then every second one of an epoch (50th, were it not patched), averaged."""
     monkeypatch.setattr(activation_sparsity, "_SAMPLE_EVERY", 2)
     _, reference = run(train=loader(7, batch_size=1), epochs=2)
-    assert_history(reference, {0: [0], 6: [2, 4, 6], 13: [7, 9, 11, 13]})
+    assert_history(reference, {0: [0], 6: [1, 3, 5], 13: [8, 10, 12]})
     assert list(reference.history) == ["first", "second"]
 
 
-def test_first_batch_and_every_fiftieth():
-    """As documented."""
-    _, reference = run(train=loader(102, batch_size=1), epochs=1)
-    assert_history(reference, {0: [0], 101: [50, 100]})
+def test_sixth_batch_and_every_fiftieth():
+    """As documented, the first of all apart."""
+    _, reference = run(train=loader(57, batch_size=1), epochs=2)
+    assert_history(reference, {0: [0], 56: [5, 55], 113: [62, 112]})
+
+
+@pytest.mark.parametrize(("batches", "expected"), [(5, {0: [0], 9: [5]}), (6, {0: [0], 5: [5], 11: [11]})])
+def test_a_short_epoch_is_sampled_too(batches, expected):
+    """Its first batch, where it has no sixth one."""
+    _, reference = run(train=loader(batches, batch_size=1), epochs=2)
+    assert_history(reference, expected)
+
+
+def test_first_batch_of_an_accumulated_step_is_sampled_alone():
+    """However many batches make the first step."""
+    _, reference = run(train=loader(9, batch_size=1), epochs=1, accumulate_grad_batches=3)
+    assert_history(reference, {0: [0], 2: [5]})
 
 
 def test_epochs_that_are_not_due_are_not_sampled():
