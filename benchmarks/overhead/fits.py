@@ -31,7 +31,7 @@ from benchmarks.overhead.timing import Pairs, Stopwatch
 from benchmarks.overhead.turns import PassOn, run_in_turns
 from benchmarks.overhead.watch import require
 from lightning_interp import Interp
-from lightning_interp.callbacks._guarding import HOOKS
+from lightning_interp.callbacks._guarding import HOOKS, IN_BATCH
 from lightning_interp.callbacks.base import InterpCallback
 
 HEAD = ("network", "what", "measured", "goal")
@@ -74,6 +74,7 @@ class FitCost:
         watched: With them.
         direct: Of that, inside their hooks and those that they put on the model.
         between: Of each step on which they put nothing on the model, inside their hooks.
+        empty: Of each step without them, inside the hooks of a callback that does nothing in them.
         steps: Training steps.
         reported: Callback to the seconds that it logs itself as `interp.cost`.
     """
@@ -82,8 +83,21 @@ class FitCost:
     watched: float
     direct: float
     between: list[float]
+    empty: list[float]
     steps: int
     reported: dict[str, float] = field(default_factory=dict)
+
+
+class _Empty(pl.Callback):
+    """Does nothing in the hooks of a training step: the least that ours could cost, where steps empty the caches."""
+
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        for name in IN_BATCH:
+            setattr(self, name, stopwatch.wrap(_nothing))
+
+
+def _nothing(*args: Any) -> None:
+    """Stands in for a hook."""
 
 
 class _StepLog(pl.Callback):
@@ -128,8 +142,8 @@ def measure(case: Case, epochs: int, steps: int) -> FitCost:
     count = steps * case.batch
     images = torch.randn(count, *case.shape, generator=generator)
     data = TensorDataset(images, torch.randint(0, case.classes, (count,), generator=generator))
-    stopwatch = Stopwatch()
-    interp, log = Interp(), _StepLog(stopwatch)
+    stopwatch, idle = Stopwatch(), Stopwatch()
+    interp, log, empty_log = Interp(), _StepLog(stopwatch), _StepLog(idle)
     for name in HOOKS:
         setattr(interp, name, stopwatch.wrap(getattr(interp, name)))
 
@@ -155,7 +169,7 @@ def measure(case: Case, epochs: int, steps: int) -> FitCost:
         folders = Path(scratch) / "plain", Path(scratch) / "watched"
 
         def plain(turn: PassOn) -> None:
-            fit(folders[0], [turn, _StepLog(Stopwatch())], epochs // fewer)
+            fit(folders[0], [turn, _Empty(idle), empty_log], epochs // fewer)
 
         def watched(turn: PassOn) -> None:
             fit(folders[1], [turn, interp, log], epochs)
@@ -165,7 +179,7 @@ def measure(case: Case, epochs: int, steps: int) -> FitCost:
     between = [t for t, hooks in zip(log.direct[1:], log.hooks[1:], strict=True) if hooks == 0]
     before = turns.before[0] or 0.0  # the start is not repeated
     scaled = before + fewer * (turns.seconds[0] - before)
-    return FitCost(scaled, turns.seconds[1], sum(log.direct), between, len(log.direct) - 1, costs)
+    return FitCost(scaled, turns.seconds[1], sum(log.direct), between, empty_log.direct[1:], len(log.direct) - 1, costs)
 
 
 def reported(folder: Path, interp: Interp) -> dict[str, float]:
@@ -201,6 +215,8 @@ def rows(case: Case, costs: list[FitCost]) -> Iterator[list[str]]:
     if between:
         median = statistics.median(between)
         yield [case.name, "callbacks in such a step, median", table.duration(median), goals.BETWEEN.verdict(median)]
+    median = statistics.median(seconds for cost in costs for seconds in cost.empty)
+    yield [case.name, "there a callback with six empty hooks", table.duration(median), ""]
 
 
 def text(cases: Iterable[Case], pairs: int, epochs: int, steps: int) -> str:

@@ -84,8 +84,8 @@ def thinning_due(step: int, *, dense: int, every: int | None) -> bool:
     """Whether a step (from 0) lies on the bridge from "every step" to "every n-th step".
 
     The first `dense` steps are all looked at. After them the gap doubles whenever the number of steps has: with 50 and
-    100, every 10th step up to the 100th, every 20th up to the 200th, every 40th up to the 400th, then every 100th. So
-    a run of a few hundred steps is seen too, at the cost of some fifteen looks.
+    200, every 10th step up to the 100th, every 20th up to the 200th, every 40th up to the 400th, every 80th up to the
+    800th, then every 200th. So a run of a few hundred steps is seen too, at the cost of some twenty looks.
 
     Args:
         step: The step just done.
@@ -93,8 +93,8 @@ def thinning_due(step: int, *, dense: int, every: int | None) -> bool:
         every: Later every n-th step is looked at; None for none, and then there is no bridge either.
 
     Example:
-        >>> [step + 1 for step in range(50, 1000) if thinning_due(step, dense=50, every=100)]
-        [60, 70, 80, 90, 100, 120, 140, 160, 180, 200, 240, 280, 320, 360, 400]
+        >>> [step + 1 for step in range(50, 1000) if thinning_due(step, dense=50, every=200)]
+        [60, 70, 80, 90, 100, 120, 140, 160, 180, 200, 240, 280, 320, 360, 400, 480, 560, 640, 720, 800]
     """
     done = step + 1
     if every is None or dense < _A_DOUBLING or done <= dense:

@@ -67,7 +67,7 @@ class TrainingDynamics(InterpCallback):
         self,
         *,
         dense_steps: int = 50,
-        every_n_train_steps: int | None = 100,
+        every_n_train_steps: int | None = 200,
         layers: Sequence[str] | None = None,
         max_layers: int = 32,
         name: str | None = None,

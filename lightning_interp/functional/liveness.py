@@ -49,8 +49,8 @@ def _fired_soon(channels: Tensor, activation: str | None) -> Tensor:
     """As `fired`, on a CPU: what the first few samples do proves nearly all filters alive."""
     few = channels.shape[0] // _FEW
     alive = fired(channels[:few], activation)
-    suspects = (~alive).nonzero().flatten()
-    if suspects.numel():
+    if not bool(alive.all()):
+        suspects = (~alive).nonzero().flatten()
         # Where a value that changes is life, one that is constant among the first may be another among the rest.
         rest = channels[few:] if activation in ops.EXACT_ZERO else channels
         alive.index_copy_(0, suspects, fired(rest.index_select(1, suspects), activation))

@@ -49,9 +49,9 @@ def sparsity(activations: Tensor, *, channel_axis: int = 1) -> Tensor:
 def zero_fraction(channels: Tensor) -> Tensor:
     """(P, C, Q) -> (C,), fraction of exact zeros, without a wait for the device; NaN where a channel holds NaN."""
     if channels.is_cuda:
-        # One pass and no copy: on an H200 0.4 of the time of what is best on a CPU, a quarter of a sum of booleans.
+        # Without a copy: on an H200 under half the time of what is best on a CPU, a quarter of a sum of booleans.
         wide = torch.promote_types(channels.dtype, torch.float32)
-        nonzero: Tensor = torch.linalg.vector_norm(channels, 0, dim=(0, 2), dtype=wide).float()
+        nonzero: Tensor = torch.linalg.vector_norm(channels, 0, dim=2, dtype=wide).sum(dim=0).float()
     else:
         # On a CPU sign and sum take a fifth of the time of a comparison and a sum of booleans.
         nonzero = channels.sign().abs_().sum(dim=2, dtype=torch.float32).sum(dim=0)

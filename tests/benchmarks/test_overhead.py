@@ -256,14 +256,14 @@ def test_goals_stand_beside_our_watches_and_the_two_samplers_share_one():
         "TrainingDynamics, a probed step", f"both: {goals.SAMPLING}",
     ]  # fmt: skip
     assert [line[-1].partition(":")[0] for line in lines] == ["<= 5 %", "<= 0.5 %", "<= 3 %", "", "", "<= 1 %"]
-    assert [line[2] for line in lines[3:5]] == ["1 step in 50", "1 step in 100"]
+    assert [line[2] for line in lines[3:5]] == ["1 step in 50", "1 step in 200"]
 
 
 def test_share_of_all_steps_is_that_of_the_sampled_ones_over_how_rare_they_are():
     sampled = steps.StepCost(timing.Pairs([1.0], [1.5]), timing.Pairs([1.0], [0.5]))
     probed = steps.StepCost(timing.Pairs([1.0], [2.0]), timing.Pairs([1.0], [1.0]))
     line = steps._sampling(TINY, {ours.Sparsity.name: sampled, ours.Dynamics.name: probed})
-    assert line[-2:] == ["2.0 %", "<= 1 %: **not met**"]  # 50 % in 50 and 100 % in 100
+    assert line[-2:] == ["1.5 %", "<= 1 %: **not met**"]  # 50 % in 50 and 100 % in 200
 
 
 def test_resnet_goals_are_tighter_than_those_of_the_small_network():
@@ -417,7 +417,7 @@ def test_stretches_of_a_gpu_by_hand():
 
 
 def test_shares_of_a_fit_are_of_the_time_without_the_callbacks():
-    cost = fits.FitCost(100.0, 110.0, 8.0, [10e-6, 20e-6, 30e-6], steps=6, reported={"A": 1.0, "B": 6.0})
+    cost = fits.FitCost(100.0, 110.0, 8.0, [10e-6, 20e-6, 30e-6], [1e-6, 5e-6], steps=6, reported={"A": 1.0, "B": 6.0})
     lines = [line[1:] for line in fits.rows(TINY, [cost])]
     assert lines == [
         ["whole fit, ratio (1 in turns)", "1.100", "<= 15 %: met"],
@@ -426,6 +426,7 @@ def test_shares_of_a_fit_are_of_the_time_without_the_callbacks():
         ["of it, `interp.cost/A`", "1.0 %", ""],
         ["steps without any hook on the model", "50 %", ""],
         ["callbacks in such a step, median", "20.0 us", "<= 12 us: **not met**"],
+        ["there a callback with six empty hooks", "3.0 us", ""],
     ]
 
 
