@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,27 +12,23 @@ from torch import Tensor
 
 from lightning_interp._options import check_bool, check_numbers, check_positive_int, select, spread
 from lightning_interp.callbacks import _ranks
+from lightning_interp.callbacks._activation_maps import CallError, activation_maps
 from lightning_interp.callbacks._lightning import LightningModule, Trainer, accumulates
 from lightning_interp.callbacks.base import InterpCallback, OnError
 from lightning_interp.callbacks.batches import NoScoresError, UnreadableError
 from lightning_interp.callbacks.fallback import hidden_layers, named
-from lightning_interp.callbacks.guard import undisturbed
 from lightning_interp.callbacks.observer import Observer
 from lightning_interp.callbacks.samples import fixed_samples
 from lightning_interp.callbacks.schedule import BatchHooks
 from lightning_interp.callbacks.session import Session
 from lightning_interp.functional.sparsity import zero_fraction
-from lightning_interp.functional.tracing import ActivationTracer, End
+from lightning_interp.functional.tracing import End
 from lightning_interp.records import Histogram
-from lightning_interp.render.color import denormalise
-from lightning_interp.render.maps import activation_grid
 
 _SAMPLE_EVERY = 50
 # Not the first: Lightning has just logged then, and a GPU, which has worked off its queue for that, would wait for us.
 _SAMPLE_AT = 5
-_MAX_CHANNELS = 64
 _BINS = 20
-_IMAGE_AXES = 4
 
 
 class ActivationSparsity(InterpCallback):
@@ -302,24 +297,14 @@ class ActivationSparsity(InterpCallback):
         if self._images is None:
             return
         self.wait_for_training(trainer)
-        maps = _Maps()
         try:
-            with undisturbed(pl_module, training=False), ActivationTracer(pl_module, maps.read) as tracer:
-                output = pl_module(self._images)
-            del output
-        except Exception as error:  # a forward that takes something else than images
+            drawings = activation_maps(pl_module, self._images, self._wanted, mean=self.mean, std=self.std)
+        except CallError as error:
             self._images = None
-            what = f"calling the model with images raised {type(error).__name__}: {error}"
-            self.say_for_all(trainer, NoScoresError, f"has no pictures to show: {what}. Numbers go on.")
+            self.say_for_all(trainer, NoScoresError, f"has no pictures to show: {error}. Numbers go on.")
             return
-        if tracer.error is not None:
-            raise tracer.error
-        images = self._images.float().cpu().numpy()
-        colours = denormalise(images, self.mean, self.std) if images.ndim == _IMAGE_AXES else [None] * len(images)
-        for index, image in enumerate(colours):
-            quantity = "activation_maps" if len(colours) == 1 else f"activation_maps_{index}"
-            chosen = {name: values for name, values in maps.by_unit.items() if self._wanted(name)}
-            pictures = {name: partial(_picture, values[index], image) for name, values in chosen.items()}
+        for index, pictures in enumerate(drawings):
+            quantity = "activation_maps" if len(drawings) == 1 else f"activation_maps_{index}"
             self.log_pictures(trainer, quantity, pictures, step=step)
 
 
@@ -327,24 +312,3 @@ def _sampled_at(trainer: Trainer) -> int:
     """Of each fifty batches of an epoch, which one is sampled."""
     count = trainer.num_training_batches
     return _SAMPLE_AT % _SAMPLE_EVERY if _SAMPLE_AT < count < float("inf") else 0
-
-
-class _Maps:
-    """Keeps the activation maps of units that have positions."""
-
-    def __init__(self) -> None:
-        self.by_unit: dict[str, Tensor] = {}
-
-    def read(self, end: End) -> None:
-        """Keeps (N, C, h, w) of the first branch of each unit; of volumes the slice in the middle."""
-        layout = end.layout
-        spatial = end.tensor.ndim > 2 and layout.outer == layout.inner == 1
-        if end.activation is not None and spatial and end.unit not in self.by_unit:
-            shown = end.tensor.movedim(layout.axis, 1).narrow(1, layout.start, min(layout.size, _MAX_CHANNELS))
-            while shown.ndim > _IMAGE_AXES:
-                shown = shown.select(2, shown.shape[2] // 2)
-            self.by_unit[end.unit] = shown.clone()
-
-
-def _picture(maps: Tensor, image: Any) -> Any:
-    return activation_grid(maps.float().cpu().numpy(), image)

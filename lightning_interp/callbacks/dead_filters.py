@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from lightning_interp._options import check_choice, check_number, check_positive_int, select
+from lightning_interp.callbacks._dead_history import history_table
 from lightning_interp.callbacks._lightning import LightningModule, Trainer, accumulates
 from lightning_interp.callbacks.base import InterpCallback, OnError
 from lightning_interp.callbacks.fallback import EagerPass, hidden_layers, named
@@ -19,9 +20,6 @@ from lightning_interp.functional.lifelines import FilterEvent, Lifelines
 from lightning_interp.functional.tracing import Unit
 from lightning_interp.functional.units import pruned_filters
 from lightning_interp.records import Text
-from lightning_interp.render.markdown import escape
-
-_MAX_LISTED = 24
 
 
 class DeadFilters(InterpCallback):
@@ -346,7 +344,7 @@ class DeadFilters(InterpCallback):
             )
         self._publish(trainer)
         if news:
-            table = _history_table(self.lifelines, partial=partial)
+            table = history_table(self.lifelines, partial=partial)
             self.write(
                 trainer, [Text(tag=f"{self.tag('dead_filters').replace('/', '.')}/history", step=step, markdown=table)]
             )
@@ -388,7 +386,6 @@ class DeadFilters(InterpCallback):
 
 
 def _matching(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
-
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
@@ -398,20 +395,3 @@ def _is_last_batch(trainer: Trainer) -> bool:
 
 def _finite(count: float) -> float:
     return 1 if count == float("inf") else count
-
-
-def _history_table(lifelines: Lifelines, *, partial: bool) -> str:
-    rows = ["| layer | dead now | born dead | died after .. by step | revived |", "|---|---|---|---|---|"]
-    for layer in lifelines.layers:
-        dead, born, revived = lifelines.dead(layer), lifelines.born_dead(layer), lifelines.revived(layer)
-        if not (dead or born or revived):
-            continue
-        spans = [f"{i}: {max(a, 0)} .. {b}" for i, (a, b) in lifelines.died_between(layer).items()]
-        rows.append(f"| {escape(layer)} | {_few(dead)} | {_few(born)} | {_few(spans)} | {_few(revived)} |")
-    note = "\n\nThe window was cut by a resume: other ranks' part before it is missing." if partial else ""
-    return "\n".join(rows) + note
-
-
-def _few(items: Sequence[object]) -> str:
-    shown = ", ".join(str(item) for item in items[:_MAX_LISTED])
-    return f"{shown}, ... ({len(items)} in all)" if len(items) > _MAX_LISTED else shown

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_interp.callbacks import activation_sparsity
+from lightning_interp.callbacks import _activation_maps, activation_sparsity
 from lightning_interp.callbacks.activation_sparsity import ActivationSparsity
 from lightning_interp.callbacks.session import Session
 from lightning_interp.errors import ArgumentError, InterpWarning
@@ -238,7 +238,7 @@ def drawn(monkeypatch):
         pictures.append((maps.copy(), image))
         return np.zeros((4, 4, 3), dtype=np.uint8)
 
-    monkeypatch.setattr(activation_sparsity, "activation_grid", draw)
+    monkeypatch.setattr(_activation_maps, "activation_grid", draw)
     return pictures
 
 
@@ -309,7 +309,7 @@ def test_maps_of_any_number_of_axes(monkeypatch):
         shapes.append(maps.shape)
         return activation_grid(maps, image)
 
-    monkeypatch.setattr(activation_sparsity, "activation_grid", draw)
+    monkeypatch.setattr(_activation_maps, "activation_grid", draw)
     _, reference = run(Flat(), epochs=1, options={"maps": True})
     assert list(reference.history) == ["one", "three", "none"]
     assert shapes == [(3, 64), (4, 4, 4)] * 2
