@@ -169,21 +169,23 @@ def _exact(tensor: Tensor) -> Tensor:
 
 def _smoothness(kernels: Tensor) -> Tensor:
     """Mean of r over the kernels, without waiting for the device."""
-    size = kernels[0].numel()
-    flat = kernels.flatten(1)
-    largest = torch.maximum(flat.amax(dim=1), -flat.amin(dim=1))  # without a copy of the weights
-    centred = (flat - flat.mean(dim=1, keepdim=True)).view_as(kernels)
-    products, pairs = kernels.new_zeros(len(kernels)), 0
-    for axis in range(1, kernels.ndim):
-        neighbours = kernels.shape[axis] - 1
-        if neighbours:
-            product = centred.narrow(axis, 0, neighbours) * centred.narrow(axis, 1, neighbours)
-            products += product.flatten(1).sum(dim=1)
-            pairs += product[0].numel()
-    squares = centred.flatten(1).square().sum(dim=1)
+    size, axes = kernels[0].numel(), kernels.shape[1:]
+    if size == 1:
+        return kernels.new_full((), math.nan)
+    values = kernels.flatten(1).T.contiguous()  # (K, n): what follows is arithmetic on n kernels side by side
+    largest = torch.maximum(values.amax(dim=0), -values.amin(dim=0))
+    values -= values.mean(dim=0)
+    squares = values.square().sum(dim=0)
+    products, pairs = torch.zeros_like(squares), 0
+    for axis, length in enumerate(axes):
+        if length > 1:
+            placed = values.view(*axes, -1)
+            product = placed.narrow(axis, 0, length - 1) * placed.narrow(axis, 1, length - 1)
+            products += product.flatten(0, -2).sum(dim=0)
+            pairs += size // length * (length - 1)
     constant = squares <= size * (_CONSTANT * largest).square()
     # NaN compares false, so a kernel that is not finite counts and makes the mean NaN; no kernel at all is 0 / 0.
-    ratios = torch.where(constant, 0.0, (products / max(pairs, 1)) / (squares / size))
+    ratios = torch.where(constant, 0.0, (products / pairs) / (squares / size))
     return ratios.sum() / (~constant).sum()
 
 
@@ -193,8 +195,8 @@ def _scatter(kernels: Tensor) -> Tensor:
     centred = rows - rows.mean(dim=0)
     # Rounding of the mean would otherwise pass for a spread of kernels that are all the same.
     same = _largest(centred) <= _CONSTANT * _largest(rows)
-    centred = torch.where(same, 0.0, centred)
-    return centred.T @ centred if len(rows) >= rows.shape[1] else centred @ centred.T
+    scatter = centred.T @ centred if len(rows) >= rows.shape[1] else centred @ centred.T
+    return torch.where(same, 0.0, scatter)
 
 
 def _largest(values: Tensor) -> Tensor:
@@ -224,6 +226,6 @@ def _movement(weight: Tensor, start: Tensor) -> Tensor:
     if not (weight.is_floating_point() and start.is_floating_point()):
         raise ValueError(f"Expected floating-point tensors, but got {weight.dtype} and {start.dtype}.")
     now = _exact(weight)
-    before = _exact(start.to(weight.device, non_blocking=True))
+    before = start.detach().to(now.device, non_blocking=True)  # in float64 where it is read, without a copy
     moved = torch.linalg.vector_norm(now - before)
-    return torch.where(moved == 0, 0.0, moved / torch.linalg.vector_norm(before))
+    return torch.where(moved == 0, 0.0, moved / torch.linalg.vector_norm(before, dtype=torch.float64))
