@@ -226,6 +226,6 @@ def _movement(weight: Tensor, start: Tensor) -> Tensor:
     if not (weight.is_floating_point() and start.is_floating_point()):
         raise ValueError(f"Expected floating-point tensors, but got {weight.dtype} and {start.dtype}.")
     now = _exact(weight)
-    before = start.detach().to(now.device, non_blocking=True)  # in float64 where it is read, without a copy
+    before = start.detach().to(now.device, non_blocking=now.is_cuda)  # in float64 where it is read, without a copy
     moved = torch.linalg.vector_norm(now - before)
     return torch.where(moved == 0, 0.0, moved / torch.linalg.vector_norm(before, dtype=torch.float64))
