@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from lightning_interp.callbacks.batches import NoScoresError
 from lightning_interp.callbacks.guard import undisturbed
 from lightning_interp.functional.tracing import ActivationTracer, End
 from lightning_interp.render.color import Pixels, denormalise
@@ -39,14 +40,14 @@ def activation_maps(
         For each image the unit to what draws its maps; up to 64 channels of each.
 
     Raises:
-        CallError: If the model can't be called with them.
+        NoScoresError: If the model can't be called with them.
     """
     maps = _Maps()
     with undisturbed(model, training=False), ActivationTracer(model, maps.read) as tracer:
         try:
             output = model(images)
         except Exception as error:  # a forward that takes something else than images
-            raise CallError(f"calling the model with images raised {type(error).__name__}: {error}") from error
+            raise NoScoresError(f"calling the model with images raised {type(error).__name__}: {error}") from error
     del output
     if tracer.error is not None:
         raise tracer.error
@@ -57,10 +58,6 @@ def activation_maps(
         {name: partial(_picture, values[index], image) for name, values in chosen.items()}
         for index, image in enumerate(colours)
     ]
-
-
-class CallError(Exception):
-    """The model can't be called with the images."""
 
 
 class _Maps:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_interp._options import check_bool, check_numbers, check_positive_int, select, spread
 from lightning_interp.callbacks import _ranks
-from lightning_interp.callbacks._activation_maps import CallError, activation_maps
+from lightning_interp.callbacks._activation_maps import activation_maps
 from lightning_interp.callbacks._lightning import LightningModule, Trainer, accumulates
 from lightning_interp.callbacks.base import InterpCallback, OnError
 from lightning_interp.callbacks.batches import NoScoresError, UnreadableError
@@ -299,9 +299,9 @@ class ActivationSparsity(InterpCallback):
         self.wait_for_training(trainer)
         try:
             drawings = activation_maps(pl_module, self._images, self._wanted, mean=self.mean, std=self.std)
-        except CallError as error:
+        except NoScoresError as error:
             self._images = None
-            self.say_for_all(trainer, NoScoresError, f"has no pictures to show: {error}. Numbers go on.")
+            self.say_for_all(trainer, type(error), f"has no pictures to show: {error}. Numbers go on.")
             return
         for index, pictures in enumerate(drawings):
             quantity = "activation_maps" if len(drawings) == 1 else f"activation_maps_{index}"
@@ -311,4 +311,4 @@ class ActivationSparsity(InterpCallback):
 def _sampled_at(trainer: Trainer) -> int:
     """Of each fifty batches of an epoch, which one is sampled."""
     count = trainer.num_training_batches
-    return _SAMPLE_AT % _SAMPLE_EVERY if _SAMPLE_AT < count < float("inf") else 0
+    return _SAMPLE_AT if _SAMPLE_AT < count < float("inf") else 0

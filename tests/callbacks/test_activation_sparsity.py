@@ -71,6 +71,7 @@ def assert_history(reference, expected):
 def test_sampled_batches_of_each_epoch(monkeypatch):
     """The first batch alone at step 0; then every second one of an epoch (50th, were it not patched), averaged."""
     monkeypatch.setattr(activation_sparsity, "_SAMPLE_EVERY", 2)
+    monkeypatch.setattr(activation_sparsity, "_SAMPLE_AT", 1)
     _, reference = run(train=loader(7, batch_size=1), epochs=2)
     assert_history(reference, {0: [0], 6: [1, 3, 5], 13: [8, 10, 12]})
     assert list(reference.history) == ["first", "second"]
@@ -210,6 +211,7 @@ class Tail(DataLoader):
 def test_resume_loses_no_sample(step, tmp_path, monkeypatch):
     """In the middle of an epoch, with samples that no report holds yet."""
     monkeypatch.setattr(activation_sparsity, "_SAMPLE_EVERY", 2)
+    monkeypatch.setattr(activation_sparsity, "_SAMPLE_AT", 1)
     path = tmp_path / "a.ckpt"
 
     def train():

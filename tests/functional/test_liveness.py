@@ -105,7 +105,7 @@ def test_life_late_in_a_large_batch_is_found(data, activation):
 
 
 def test_two_constants_in_one_large_batch_are_life():
-    """Each half of the batch has one value, so that a half alone tells nothing."""
+    """The first samples have one value and the others another, so that neither part alone tells."""
     numbers = torch.ones(16, 2, 3)
     numbers[2:, 1] = 2
     liveness = Liveness()
@@ -113,8 +113,9 @@ def test_two_constants_in_one_large_batch_are_life():
     assert liveness.alive()["a"].tolist() == [False, True]
 
 
+@pytest.mark.parametrize("activation", ["relu", "hardswish"])
 @pytest.mark.parametrize("value", [-0.25, 0.25, float("nan")])
-def test_one_value_among_suspects_is_found(value):
+def test_one_value_among_suspects_is_found(value, activation):
     """Also below zero, where a maximum would not show it; whatever was known of the suspects before."""
     liveness = Liveness()
     first = torch.zeros(4, 6, 2)
@@ -122,8 +123,8 @@ def test_one_value_among_suspects_is_found(value):
     for step in range(5):
         numbers = first.clone()
         if step == 3:
-            numbers[2, 4, 1] = value
-        liveness.read(end(numbers, activation="relu" if value > 0 else "hardswish"))
+            numbers[2, 4, 1] = abs(value) if activation == "relu" else value
+        liveness.read(end(numbers, activation=activation))
         liveness.narrow()
     assert liveness.dead()["a"].tolist() == [False, False, False, True, False, True]
 
