@@ -24,10 +24,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--hours", type=float, default=4.0, help="start no further run after so long")
     for name, text in (
         ("score", "tables in Markdown"),
-        ("replay", "the same, judged anew by the rules as they are now"),
         ("tune", "thresholds chosen on all architectures but one, figures from that one"),
     ):
         commands.add_parser(name, help=text).add_argument("directory", type=Path, metavar="DIR")
+    anew = commands.add_parser("replay", help="the same, judged anew by the rules as they are now")
+    anew.add_argument("directory", type=Path, metavar="DIR")
+    anew.add_argument(
+        "--dense-steps", type=int, metavar="N", help="as if the first N steps had all been probed, in place of 50"
+    )
     peers = commands.add_parser("peers", help="what other tools say of a sample of the finished runs in DIR")
     peers.add_argument("directory", type=Path, metavar="DIR")
     peers.add_argument("--runs", type=int, default=200, help="how many to train anew")
@@ -63,7 +67,8 @@ def main() -> int:
         print(tune(options.directory))
         return 0
     records = read_records(options.directory)
-    records = replay(records, options.directory, jobs=2) if options.command == "replay" else records
+    if options.command == "replay":
+        records = replay(records, options.directory, jobs=2, dense_steps=options.dense_steps)
     print(report(records, read_plan(options.directory)))
     return 0
 

@@ -12,10 +12,15 @@ from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
+from lightning_interp.callbacks.schedule import thinning_due
 from lightning_interp.rules import AlertBook, History, Point, Rule, Series, default_rules
 
 HISTORIES = "histories"
 FIRST, EVERY = (20, 60, 100), 50  # when `Alerts` looks
+RECORDED = 50  # steps that were all probed in the runs of the suite
+OF_PROBES = (
+    "loss_before", "loss_after", "step_ratio", "learning_rate", "gradient_norm", "update_norm", "update_ratio",
+)  # fmt: skip
 _KEPT = ("rule", "severity", "status", "layer", "step", "value", "cause", "message", "advice", "evidence")
 
 
@@ -34,24 +39,46 @@ def read_history(directory: Path, key: str) -> History:
     return history
 
 
-def replay(records: Iterable[dict[str, Any]], directory: Path, jobs: int = 1) -> list[dict[str, Any]]:
+def replay(
+    records: Iterable[dict[str, Any]], directory: Path, jobs: int = 1, *, dense_steps: int | None = None
+) -> list[dict[str, Any]]:
     """The records with the alerts that the present default rules would have raised, asked in so many processes.
+
+    With `dense_steps`: as if so many steps at the start had all been probed, and of the others those on the bridge of
+    `TrainingDynamics`; later probes stay as they were recorded.
 
     Exact only for what does not depend on facts noted late in the run, which are known from the beginning here, and as
     long as a history keeps each loss: of more than a thousand steps the older ones are means of neighbours.
     """
     records = list(records)
     if jobs <= 1:
-        said = [_ask(directory, record["key"], record["steps"]) for record in records]
+        said = [_ask(directory, record["key"], record["steps"], dense_steps) for record in records]
     else:
         with ProcessPoolExecutor(jobs) as pool:
             runs = [[record[name] for record in records] for name in ("key", "steps")]
-            said = list(pool.map(_ask, repeat(directory), *runs, chunksize=16))
+            said = list(pool.map(_ask, repeat(directory), *runs, repeat(dense_steps), chunksize=16))
     return [{**record, "alerts": alerts} for record, alerts in zip(records, said, strict=True)]
 
 
-def _ask(directory: Path, key: str, steps: int) -> list[dict[str, Any]]:
-    return judge(read_history(directory, key), default_rules(), steps)
+def _ask(directory: Path, key: str, steps: int, dense_steps: int | None) -> list[dict[str, Any]]:
+    history = read_history(directory, key)
+    return judge(history if dense_steps is None else thinned(history, dense_steps), default_rules(), steps)
+
+
+def thinned(history: History, dense_steps: int) -> History:
+    """Without what only the probes tell that a smaller `dense_steps` leaves out of the first 50 steps."""
+    due = {step for step in range(RECORDED) if step < dense_steps or thinning_due(step, dense=dense_steps, every=200)}
+    left_out = set(range(RECORDED)) - due
+    known = History(facts=dict(history.facts), step=history.step, epoch=history.epoch, finished=history.finished)
+    for (name, layer), series in history.series.items():
+        points = [Point(*pair) for pair in zip(series.steps, series.values, strict=True)]
+        kept = [point for point in points if point.step not in left_out] if name in OF_PROBES else points
+        if kept:
+            known.series[name, layer] = Series(points=kept)
+    for (fact, layer), step in history.facts.items():
+        if fact == "non_finite_step" and layer is not None and step in left_out:  # of a layer: found at the next probe
+            known.facts[fact, layer] = float(min((each for each in due if each > step), default=RECORDED))
+    return known
 
 
 def judge(history: History, rules: Sequence[Rule], steps: int) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 # Values are fetched from the device so often, in steps: early, where rules must be quick, and later.
 _FETCH_EARLY, _FETCH_LATE = 10, 50
+_EARLY_STEPS = 50  # or as many as are all probed, where these are more
 _LOOK_AHEAD = 40  # steps in which the next probe is looked for at once
 _OF_EACH_BATCH = ("on_train_batch_end",)
 # Most values that wait, whatever the number of micro-batches in a step.
@@ -66,7 +67,7 @@ class TrainingDynamics(InterpCallback):
     def __init__(  # noqa: PLR0913 - options
         self,
         *,
-        dense_steps: int = 50,
+        dense_steps: int = 25,
         every_n_train_steps: int | None = 200,
         layers: Sequence[str] | None = None,
         max_layers: int = 32,
@@ -211,7 +212,7 @@ class TrainingDynamics(InterpCallback):
 
         `Alerts` looks one step after the fetches, and later in the same hook: it knows as much there as elsewhere.
         """
-        every = _FETCH_EARLY if step < self.dense_steps else _FETCH_LATE
+        every = _FETCH_EARLY if step < max(_EARLY_STEPS, self.dense_steps) else _FETCH_LATE
         many = len(self._backlog) >= _MOST_WAITING
         if step - self._fetched_at >= every or many:
             self._fetched_at = step

@@ -22,6 +22,7 @@ from benchmarks.diagnosis.models import ARCHITECTURES, HELD_OUT
 from benchmarks.diagnosis.spec import Spec
 from benchmarks.diagnosis.train import final_loss, run, train_plain
 from lightning_interp.rules import History, NonFiniteRule
+from tests.callbacks import dynamics_kit
 
 LN10 = math.log(10)
 SPEC = Spec("plain", "digits", "sgd", rate=0.03, epochs=1)
@@ -376,3 +377,24 @@ def test_samples_and_thresholds_are_taken_of_ladders_only():
     assert all(spec.long or spec.cell not in ladders for spec in extra)
     assert all(spec.cell in ladders for spec in suite() if spec not in set(extra))
     assert {spec for spec in suite() if not is_sampled(spec)} == {*extra, *filter(is_fresh, suite())}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.filterwarnings(*dynamics_kit.CHATTER)
+def test_thinned_probes_are_those_of_a_run_that_takes_fewer(seed):
+    """Trained twice, with the first 50 steps probed and with 25; with the second seed step 27 brings a NaN."""
+
+    def trained(dense):
+        torch.manual_seed(seed)
+        model = dynamics_kit.Plain()
+        data = dynamics_kit.loader(70)
+        if seed:
+            data.dataset.tensors[0][27 * dynamics_kit.BATCH] = math.nan
+        return dynamics_kit.fit(model, dynamics_kit.strict(dense_steps=dense, every_n_train_steps=200), data).history
+
+    thinned, expected = replay.thinned(trained(50), 25), trained(25)
+    found, wanted = ({key: (s.steps, repr(s.values)) for key, s in each.series.items()} for each in (thinned, expected))
+    assert found == wanted
+    assert thinned.facts == expected.facts
+    assert expected.get("learning_rate").steps[24:30] == [24, 29, 34, 39, 44, 49]
+    assert any(name == "non_finite_step" and layer for name, layer in expected.facts) is (seed == 1)

@@ -234,7 +234,7 @@ def test_pickle_of_the_model_made_in_a_step_loads_without_this_package():
 def test_callback_can_be_pickled_before_and_after():
     """Other processes get it."""
     dynamics, model = strict(), Net()
-    assert pickle.loads(pickle.dumps(dynamics)).dense_steps == 50
+    assert pickle.loads(pickle.dumps(dynamics)).dense_steps == 25
     fit(model, dynamics)
     assert pickle.loads(pickle.dumps(dynamics)).state_dict() == dynamics.state_dict()
 

@@ -225,7 +225,7 @@ def test_measures_lists_what_is_written_to_the_history():
 
 
 def test_values_reach_the_history_every_ten_steps_early_and_every_fifty_later():
-    """Rules must be quick at the start; nothing waits for the device in each step."""
+    """Rules must be quick in the first 50 steps, however few of them are probed; nothing waits in each step."""
     reached = []
 
     class Look(pl.Callback):
@@ -233,8 +233,8 @@ def test_values_reach_the_history_every_ten_steps_early_and_every_fifty_later():
             reached.append(len(Session.of(trainer).history.get("loss")))
 
     fit(Plain(), strict(dense_steps=20), loader(130), others=[Look()])
-    assert [i for i in range(1, 130) if reached[i] != reached[i - 1]] == [9, 19, 69, 119]
-    assert all(value == i + 1 for i, value in enumerate(reached) if i in (9, 19, 69, 119))
+    assert [i for i in range(1, 130) if reached[i] != reached[i - 1]] == [9, 19, 29, 39, 49, 99]
+    assert all(value == i + 1 for i, value in enumerate(reached) if i in (9, 19, 29, 39, 49, 99))
 
 
 @pytest.mark.parametrize("dense", [0, 9, 20, 48])
