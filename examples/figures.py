@@ -18,7 +18,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
 from PIL import Image
@@ -32,18 +32,38 @@ BROWSER_OPTIONS = [
     "--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-quic",
     "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-SOME = "healthy|too-high|too-soon"  # the runs that most pictures show: a fourth would not fit
-FIGURES = {  # name to dashboard, tags and runs
-    "timeseries": (
+
+
+class Figure(NamedTuple):
+    """What a picture shows: as many rows of cards as its height lets in whole.
+
+    Attributes:
+        dashboard: `timeseries` or `images`.
+        tags: Regular expression.
+        runs: Likewise; the projector's runs have longer names.
+        height: Of the window, in pixels.
+    """
+
+    dashboard: str
+    tags: str
+    runs: str
+    height: int
+
+
+SOME = "(healthy|too-high|too-soon)$"  # a fourth run would not fit
+FIGURES = {
+    "timeseries": Figure(
         "timeseries",
-        r"^interp/(alerts_(active|critical|warning)|dead_f|sparsity|step_r|update_ratio_median|lo|learning)",
+        "^interp/(alerts_(active|critical|warning)|dead_f|sparsity|step_r|update_ratio_median|learning)",
         SOME,
+        1480,
     ),
-    "pictures": ("images", r"filters/00|activation_maps_0/0[12]|images/strip", SOME),
-    "attribution": ("images", r"saliency/g(rad_cam|uided_backprop)$|occlusion/drop|top_patches/02", SOME),
-    "labels": ("images", r"embedding/|influence/images|suspect_labels/images", "wrong-labels"),
+    "pictures": Figure("images", "filters/00|activation_maps_0/02", SOME, 1050),
+    "classes": Figure("images", "images/strip", SOME, 1020),
+    "attribution": Figure("images", "saliency/grad_cam$|top_patches/02", SOME, 1380),
+    "labels": Figure("images", "embedding/|influence/images|suspect_labels/images", "wrong-labels$", 1010),
 }
-SIZE = (1600, 1300)
+WIDTH = 1600
 PROJECTOR_SIZE = (1200, 800)
 PROJECTOR_RUN, PROJECTOR_STEPS = "healthy", 250  # of its t-SNE
 WAIT_S, PATIENT_S = 60.0, 300.0
@@ -321,16 +341,16 @@ def main(out: Path = Path("docs/figures"), logs: Path | None = None, seed: int =
             train(logs, seed)
         with tensorboard_server(logs) as url, browser() as chromium:
             wait_for_tag(url, "interp")
-            for name, (dashboard, tag_filter, runs) in FIGURES.items():
-                tidy = close_settings if dashboard == "timeseries" else None
+            for name, figure in FIGURES.items():
+                tidy = close_settings if figure.dashboard == "timeseries" else None
                 screenshot(
                     chromium,
                     url,
                     out / f"{name}.png",
-                    dashboard=dashboard,
-                    tag_filter=tag_filter,
-                    run_filter=runs,
-                    size=SIZE,
+                    dashboard=figure.dashboard,
+                    tag_filter=figure.tags,
+                    run_filter=figure.runs,
+                    size=(WIDTH, figure.height),
                     prepare=tidy,
                 )
             projector_screenshot(chromium, url, out / "projector.png", PROJECTOR_RUN)

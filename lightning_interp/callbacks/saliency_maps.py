@@ -167,7 +167,7 @@ class SaliencyMaps(SampledCallback):
         for method, maps in found.maps.items():
             values = maps.float().cpu().numpy()
             over = overlay(images, values)
-            heading = _HEADINGS.get(method, method) + ("" if values.any() else " (zero)")
+            heading = ("" if values.any() else "zero: ") + _HEADINGS.get(method, method)
             picture = sheet([images, heat(values), over], ["image", heading, "overlay"], texts)
             self.show(trainer, "saliency", method, picture, step=step)
             strip = self.strip(method)

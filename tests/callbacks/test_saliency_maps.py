@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_interp.callbacks import saliency_maps
 from lightning_interp.callbacks.saliency_maps import SaliencyMaps
 from lightning_interp.errors import ArgumentError
 from lightning_interp.functional.faithfulness import concentration, faithfulness
@@ -428,3 +429,22 @@ def test_sharded_strategy_is_refused_in_setup_by_name():
 
     with pytest.raises(ArgumentError, match="SaliencyMaps runs forwards of its own on one rank, which FSDPStrategy"):
         fit([SaliencyMaps()], strategy=FSDPStrategy("cpu"))
+
+
+def test_a_map_of_zeros_says_so_where_its_name_may_be_cut_off(monkeypatch):
+    """First, since small images leave room for some fifteen letters."""
+    headings = []
+    drawn = saliency_maps.sheet
+
+    def note(panels, names, texts):
+        headings.append(names[1])
+        return drawn(panels, names, texts)
+
+    monkeypatch.setattr(saliency_maps, "sheet", note)
+    model = Lit()
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    fit([maps(["gradient", "guided_backprop"])], model=model, max_epochs=1)
+    assert headings[:2] == ["zero: gradient", "zero: guided backprop"]
+    fit([maps("gradient")], max_epochs=1)
+    assert headings[-1] == "gradient"
