@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_interp.functional.incremental import PatchedTensor
+from lightning_interp.functional.incremental import PatchedTensor, Patches
 from lightning_interp.functional.regions import Regions
 from lightning_interp.functional.windows import Grid
 
@@ -34,20 +34,24 @@ class CoveredImages:
         self._images, self._image = images, image
         if position is not None:
             self._sources, self._regions, self._patches = _windows(images, cover, grid, image, position)
-        self._are_covered = position is not None
+        self.are_covered = position is not None
 
     def __len__(self) -> int:
         return len(self._image)
 
     def made(self, layout: torch.memory_format, *, patched: bool) -> Tensor:
         """(B, C, H, W) in memory of its own, since a model may write over its input."""
-        if patched and self._are_covered:
-            whole = self._images[self._sources].contiguous(memory_format=layout)
-            return PatchedTensor(whole, self._patches.clone(memory_format=layout), self._regions)
-        batch = self._images[self._image].contiguous(memory_format=layout)
-        if self._are_covered:
+        if patched and self.are_covered:
+            content = Patches(_laid_out(self._images[self._sources], layout), self._patches, self._regions)
+            return PatchedTensor(content._replace(values=content.values.clone(memory_format=content.layout)))
+        batch = _laid_out(self._images[self._image], layout)
+        if self.are_covered:
             self._regions.write(self._patches, batch)
         return batch
+
+
+def _laid_out(images: Tensor, layout: torch.memory_format) -> Tensor:
+    return images if layout is torch.preserve_format else images.contiguous(memory_format=layout)
 
 
 def _windows(
@@ -76,27 +80,38 @@ class FastestCaller:
     """Calls the model in the way that saves most time, of those that the model takes.
 
     On a CPU: with `PatchedTensor`, which computes only what a window changes, and with the channels last for large
-    batches. A model that looks into the memory of its input, or calls `view` on what a convolution returns, raises an
-    error then, and is asked in the next way from there on.
+    batches. After an error, as of a model that calls `view` on what a convolution returns, the next way is taken from
+    there on; the last one is as the images are.
+
+    Attributes:
+        patched: Whether patched tensors are tried at all.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.model = model
-        # What a script was specialised to on its first calls it takes for granted later on.
-        patched = not any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
-        ways = [(patched, torch.channels_last), (patched, torch.contiguous_format)]
-        ways += [(False, layout) for _, layout in ways if patched]
-        self._ways = ways if device.type == "cpu" else ways[-1:]
+        self.patched = device.type == "cpu" and not any(map(_needs_ordinary, model.modules()))
+        layouts = [torch.channels_last, torch.preserve_format] if device.type == "cpu" else [torch.preserve_format]
+        self._ways = [
+            (patched, layout) for patched in ([True, False] if self.patched else [False]) for layout in layouts
+        ]
 
     def __call__(self, batch: CoveredImages) -> Any:
-        """What the model returns; raises what it raises in the plainest way."""
+        """What the model returns; raises what it raises in the last way."""
+        tried: dict[tuple[bool, torch.memory_format], Exception] = {}
         while True:
             patched, layout = self._ways[0]
-            if len(batch) < _LARGE_BATCH:
-                layout = torch.contiguous_format
-            try:
-                return self.model(batch.made(layout, patched=patched))
-            except Exception:
-                if len(self._ways) == 1:
-                    raise
+            way = patched and batch.are_covered, layout if len(batch) >= _LARGE_BATCH else torch.preserve_format
+            if way not in tried:
+                try:
+                    return self.model(batch.made(way[1], patched=way[0]))
+                except Exception as error:
+                    tried[way] = error
+            if len(self._ways) == 1:
+                raise tried[way]
             del self._ways[0]
+
+
+def _needs_ordinary(module: nn.Module) -> bool:
+    """Scripts, which are specialised to what they meet first, and statistics of the batch, which the patches lack."""
+    own_statistics = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
+    return own_statistics or isinstance(module, torch.jit.ScriptModule)

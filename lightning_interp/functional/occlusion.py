@@ -113,7 +113,8 @@ def occlusion(  # noqa: PLR0913 - the window, by keyword
     Raises:
         ArgumentError: If an argument is wrong.
 
-    Cost: one forward for each window and one for the whole image; no backward.
+    Cost: one forward for each window and one for the whole image; no backward. On a CPU a layer computes only what the
+    window changes, as long as that is no more than 60 % of its maps: see `functional/incremental.py`.
     Source: Zeiler and Fergus 2013, section 4.2 and figure 6 (b: `feature_drop`, d: `probability`, e: `top_class`).
     """
     check_positive_int("batch_size", batch_size)
@@ -130,8 +131,10 @@ def occlusion(  # noqa: PLR0913 - the window, by keyword
             )
         covered = _Readings(len(grid), images, whole.strongest)
         done, total = 0, len(grid) * len(images)
-        # All positions of one image after another: a batch has few whole images, which are computed besides.
-        for image, position in pairs(len(images), len(grid), batch_size, images.device):
+        batches = pairs(len(grid), len(images), batch_size, images.device)
+        if call.patched:  # one image after another: few are whole in a batch, and these are computed besides
+            batches = ((place, image) for image, place in pairs(len(images), len(grid), batch_size, images.device))
+        for position, image in batches:
             covered.read(call, CoveredImages(images, cover, grid, image, position), targets[image], position, image)
             done += len(image)
             if progress is not None:

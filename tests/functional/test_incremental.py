@@ -1,6 +1,9 @@
 """Incremental inference: the same as a plain forward of all copies, on random and on real networks; and it is used."""
 
+import copy
+import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,10 +14,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_interp.functional.incremental import PatchedTensor
+from lightning_interp.functional.incremental import PatchedTensor, Patches
 from lightning_interp.functional.occlusion import occlusion
 from lightning_interp.functional.receptive_field import receptive_field
 from lightning_interp.functional.regions import Regions
+from lightning_interp.functional.windows import Grid
 
 SIZE = (24, 20)
 
@@ -32,7 +36,7 @@ def patched(seed=0, channels=3, size=SIZE, window=(5, 4), layout=torch.contiguou
     batch = whole[torch.from_numpy(source)]
     for each, patch, row, column in zip(batch, patches, top, left, strict=True):
         each[:, row : row + window[0], column : column + window[1]] = patch
-    return PatchedTensor(whole, patches, Regions(source, top, left, *window)), batch
+    return PatchedTensor(Patches(whole, patches, Regions(source, top, left, *window))), batch
 
 
 def assert_same(found, expected):
@@ -122,7 +126,6 @@ class Overwriting(nn.Module):
 def test_random_networks_give_the_same(names, seed, last):
     torch.manual_seed(seed)
     x, batch = patched(seed, layout=torch.channels_last if last else torch.contiguous_format)
-    whole = x.whole.clone()
     assert torch.equal(x * 1.0 if seed % 2 else x.clone(), batch)
     for name in names:
         if min(batch.shape[2:]) < 4:
@@ -135,7 +138,6 @@ def test_random_networks_give_the_same(names, seed, last):
             x, batch = layer(x), layer(batch)
         assert tuple(x.shape) == tuple(batch.shape)
     assert_same(x, batch)
-    assert whole.shape == (2, 3, *SIZE)
 
 
 KEPT = [
@@ -153,7 +155,8 @@ def test_only_what_a_patch_changes_is_computed(name):
     with torch.no_grad():
         found = layer(x)
         assert_same(found, layer(batch))
-    assert (isinstance(found, PatchedTensor)) is (name in KEPT) or name in {"skipping"}
+    if name != "skipping":  # that depends on where the patches lie
+        assert isinstance(found, PatchedTensor) is (name in KEPT)
 
 
 def test_a_patch_spreads_as_the_receptive_field_says():
@@ -165,13 +168,13 @@ def test_a_patch_spreads_as_the_receptive_field_says():
     whole, patches = torch.randn(1, 1, 64, 64), torch.randn(1, 1, 6, 6)
     at = Regions(np.array([0]), np.array([30]), np.array([30]), 6, 6)
     with torch.no_grad():
-        found = net(PatchedTensor(whole, patches, at))
+        found = net(PatchedTensor(Patches(whole, patches, at))).content
     field = receptive_field(net, "3", (1, 64, 64))
     boxes = [field.box((row, 16))[0] for row in range(32)]
     touched = [row for row, (first, end) in enumerate(boxes) if first < 36 and end > 30]
     assert found.regions.top.tolist() == [touched[0]]
     assert found.regions.height == len(touched) == 7
-    assert found.patches.shape == (1, 4, 7, 7)
+    assert found.values.shape == (1, 4, 7, 7)
 
 
 @pytest.mark.parametrize(
@@ -193,18 +196,18 @@ def test_networks_of_torchvision_give_the_same(name):
 
 
 def test_nan_stays_where_it_is():
-    """In the patch or in the image."""
+    """In one version's patch, or in one image: then in all its versions whose patch does not hide it."""
     conv = nn.Conv2d(3, 2, 3, padding=1)
-    x, batch = patched()
-    x.patches[0, 0, 0, 0] = torch.nan
-    batch[0, 0, 0, 0] = torch.nan
-    x.whole[1, 1, 12, 10] = torch.nan
-    hidden = [i for i in (1, 3, 6) if not batch[i].isnan().any()]
-    rows = [i for i in (1, 3, 6) if i not in hidden]
+    x, _ = patched()
+    x.content.whole[1, 1, 12, 10] = torch.nan
+    x.content.values[0, 0, 0, 0] = torch.nan  # at the corner
+    regions = x.content.regions
     with torch.no_grad():
-        found = conv(x).ordinary()
-    assert found[0].isnan().sum() == 2 * 4
-    assert (found[[2, 4, 5]].isnan().sum(), rows) == (0, rows)
+        numbers = conv(x).ordinary().isnan().sum((1, 2, 3)).tolist()
+    found = x.ordinary()
+    for version, source in enumerate(regions.source.tolist()):
+        is_hidden = not bool(found[version, 1, 12, 10].isnan())
+        assert numbers[version] == (2 * 4 if version == 0 else 2 * 9 * (source == 1 and not is_hidden))
 
 
 class Looks(nn.Module):
@@ -222,11 +225,16 @@ class Looks(nn.Module):
 
 
 LOOKS = {
-    "memory": lambda x: x + 0 * x.data_ptr(),
-    "numpy": lambda x: torch.from_numpy(x.numpy()),
+    "other data": lambda x: _with_data(x, x * 0.5),
     "shape changed in place": lambda x: x.unsqueeze_(0)[0],
+    "axes changed in place": lambda x: x.transpose_(2, 3),
     "indices of a pooling": lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2),
 }
+
+
+def _with_data(x, data):
+    x.data = data
+    return x
 
 
 @pytest.mark.parametrize("look", sorted(LOOKS))
@@ -238,9 +246,127 @@ def test_a_model_that_needs_ordinary_tensors_gets_them(look):
     assert kinds[0] is torch.Tensor  # the images themselves
     assert PatchedTensor in kinds[1:3]
     assert set(kinds[3:]) == {torch.Tensor}
-    model.look = lambda x: LOOKS[look](x.clone()) if type(x) is torch.Tensor else x.numpy()
-    for part, expected in zip(found, occlusion(model, images, targets, window=4, batch_size=1), strict=True):
-        torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-5)
+    assert_maps(found, model, images, targets)
+
+
+def assert_maps(found, model, images, targets):
+    """As one image at a time gives them, without any patched tensor."""
+    grid = Grid.of((12, 12), 4, None)
+    cover = images.mean((0, 2, 3), keepdim=True)
+    drops = torch.zeros(len(grid), len(images))
+    with torch.no_grad():
+        for place in range(len(grid)):
+            for n in range(len(images)):
+                covered = images[n : n + 1].clone()
+                covered[(0, slice(None), *grid[place])] = cover[0]
+                scores = [model(image)[0, targets[n]] for image in (images[n : n + 1].clone(), covered)]
+                drops[place, n] = scores[0] - scores[1]
+    torch.testing.assert_close(found.drop, grid.mean(drops), rtol=1e-4, atol=1e-6)
+
+
+NEEDS_MEMORY = {
+    "address": lambda x: x + 0 * (x.data_ptr() > 0) - (x.data_ptr() == 0) * 1e6,
+    "numpy": lambda x: torch.from_numpy(x.numpy() * 1),
+    "dlpack": lambda x: torch.from_dlpack(x),
+    "capsule": lambda x: torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(x)),
+    "numpy's dlpack": lambda x: torch.from_numpy(np.from_dlpack(x) * 1),
+    "storage": lambda x: torch.empty(0).set_(x.untyped_storage(), 0, x.shape, x.stride()),
+    "shared": lambda x: x.share_memory_() * 1,
+    "function of a number": lambda x: x.apply_(lambda value: 2 * value),
+    "data in place": lambda x: x.data.mul_(2) + x,
+    "list": lambda x: torch.tensor(x.tolist()),
+    "copy": lambda x: copy.deepcopy(x) * 2,
+    "pickle": lambda x: pickle.loads(pickle.dumps(x)) * 2,
+}
+
+
+@pytest.mark.parametrize("look", sorted(NEEDS_MEMORY))
+def test_what_reads_memory_reads_that_of_the_ordinary_tensor_or_gets_an_error(look):
+    """An address of nothing would end the process."""
+    model, images, targets = Looks(NEEDS_MEMORY[look]), torch.randn(2, 3, 12, 12), torch.tensor([0, 2])
+    found = occlusion(model, images, targets, window=4, batch_size=20)
+    assert PatchedTensor in model.seen
+    assert_maps(found, model, images, targets)
+
+
+def test_a_model_that_keeps_what_it_computed_can_be_copied_and_saved():
+    """Afterwards, when a callback of the user's does that."""
+    model = Looks(lambda x: x)
+    kept = []
+    model.net[0].register_forward_hook(lambda module, args, output: kept.append(output))
+    occlusion(model, torch.randn(2, 3, 12, 12), torch.tensor([0, 2]), window=4)
+    assert type(kept[-1]) is PatchedTensor
+    values = kept[-1].numpy()
+    for other in (copy.deepcopy(kept[-1]), pickle.loads(pickle.dumps(kept[-1]))):
+        assert type(other) is torch.Tensor
+        assert np.array_equal(other.numpy(), values)
+
+
+def test_an_alias_that_calls_itself_pointwise_is_one():
+    """`+x`, which composite operators show in inference mode only."""
+
+    def look(x):
+        with torch.inference_mode():
+            x = x * 1.0
+            z = +x
+            z[:, 0] = 0
+            return x + z
+
+    model, images, targets = Looks(look), torch.randn(2, 3, 12, 12), torch.tensor([0, 2])
+    assert_maps(occlusion(model, images, targets, window=4), model, images, targets)
+
+
+def test_threads_of_a_model_may_share_a_patched_tensor():
+    """All ask for the ordinary one at once."""
+
+    def look(x):
+        def resized(scale):
+            with torch.no_grad():  # which each thread has for itself
+                return F.interpolate(x, size=(12, 12)) * scale
+
+        with ThreadPoolExecutor(4) as pool:
+            return sum(pool.map(resized, range(1, 9)))
+
+    model, images, targets = Looks(look), torch.randn(2, 3, 12, 12), torch.tensor([0, 2])
+    found = occlusion(model, images, targets, window=4)
+    assert PatchedTensor in model.seen
+    assert model.seen[-1] is PatchedTensor
+    assert_maps(found, model, images, targets)
+
+
+@pytest.mark.parametrize(("images", "calls"), [(2, 1), (40, 2)])
+def test_a_model_that_fails_on_whole_images_is_not_tried_in_vain(images, calls):
+    """Large batches may fail for their layout only."""
+
+    def look(x):
+        raise ValueError("broken")
+
+    model = Looks(look)
+    with pytest.raises(ValueError, match="broken"):
+        occlusion(model, torch.randn(images, 3, 12, 12), torch.zeros(images, dtype=torch.int64), window=4)
+    assert len(model.seen) == calls
+
+
+def test_statistics_of_the_batch_are_those_of_a_batch_of_all_images():
+    """Patches have none; and the order of the batches is that of the positions, as ever."""
+    seen = []
+    model = Looks(lambda x: x)
+    model.net.insert(1, nn.BatchNorm2d(4, track_running_stats=False))
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    images = torch.randn(4, 3, 12, 12)
+    occlusion(model, images, torch.zeros(4, dtype=torch.int64), window=4, batch_size=4)
+    assert set(model.seen) == {torch.Tensor}
+    assert len(seen) == 1 + 25
+    for batch in seen[1:13]:  # windows in the upper half
+        assert torch.equal(batch[:, :, -1], images[:, :, -1])
+
+
+def test_images_with_the_channels_last_come_so_to_a_model_that_counts_on_it():
+    """It could not view them otherwise."""
+    model = Looks(lambda x: x + 0 * x.permute(0, 2, 3, 1).view(len(x), -1).sum())
+    images = torch.randn(2, 3, 12, 12).contiguous(memory_format=torch.channels_last)
+    targets = torch.tensor([0, 2])
+    assert_maps(occlusion(model, images, targets, window=4, batch_size=20), model, images, targets)
 
 
 def test_a_script_never_meets_a_patched_tensor():
