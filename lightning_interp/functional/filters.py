@@ -19,6 +19,8 @@ from torch import Tensor
 # A kernel whose values differ by less than this part of its largest one is constant: far above the rounding of float64,
 # far below the rounding of float32 weights.
 _CONSTANT = 1e-12
+# Values of a weight that are looked at together: a megabyte of float64. Half of it to twice as much is as fast.
+_BLOCK = 1 << 17
 
 
 class FilterNumbers(NamedTuple):
@@ -152,29 +154,42 @@ def filter_numbers(weights: Mapping[str, Tensor], starts: Mapping[str, Tensor]) 
 
 
 def _kernels(weight: Tensor) -> Tensor:
-    """(n, *kernel) in float64."""
+    """(n, *kernel)."""
     if weight.ndim < 3 or not weight.is_floating_point() or weight.numel() == 0:
         raise ValueError(
             "Expected `weight` to be a non-empty floating-point tensor (filters, channels, *kernel), but got shape "
             f"{tuple(weight.shape)} of {weight.dtype}."
         )
-    return _exact(weight).flatten(0, 1)
+    return weight.detach().flatten(0, 1)
 
 
 def _exact(tensor: Tensor) -> Tensor:
-    """In float64, on the CPU where the device has none."""
-    tensor = tensor.detach()
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).to(torch.float64)
+    """In float64 and in the order of its axes, on the CPU where the device has none; may be the tensor itself."""
+    there = tensor.cpu() if tensor.device.type == "mps" else tensor
+    return there.to(torch.float64, memory_format=torch.contiguous_format)
+
+
+def _blocks(kernels: Tensor) -> tuple[Tensor, ...]:
+    """Pieces along the first axis, so small that on a CPU what is computed of a block stays in the cache."""
+    if kernels.device.type != "cpu":
+        return (kernels,)
+    return kernels.split(max(1, _BLOCK * len(kernels) // max(1, kernels.numel())))
 
 
 def _smoothness(kernels: Tensor) -> Tensor:
     """Mean of r over the kernels, without waiting for the device."""
+    if kernels[0].numel() == 1:
+        return _exact(kernels.new_full((), math.nan))
+    total, count = torch.stack([_autocorrelation(block) for block in _blocks(kernels)]).sum(dim=0)
+    return total / count
+
+
+def _autocorrelation(kernels: Tensor) -> Tensor:
+    """(2,): the sum of r over the kernels that are not constant, and their number."""
     size, axes = kernels[0].numel(), kernels.shape[1:]
-    if size == 1:
-        return kernels.new_full((), math.nan)
-    values = kernels.flatten(1).T.contiguous()  # (K, n): what follows is arithmetic on n kernels side by side
+    values = _exact(kernels.flatten(1).T).contiguous()  # (K, n): what follows is arithmetic on n kernels side by side
     largest = torch.maximum(values.amax(dim=0), -values.amin(dim=0))
-    values -= values.mean(dim=0)
+    values = values - values.mean(dim=0)  # not in place: of float64 it may be the weight itself
     squares = values.square().sum(dim=0)
     products, pairs = torch.zeros_like(squares), 0
     for axis, length in enumerate(axes):
@@ -186,17 +201,28 @@ def _smoothness(kernels: Tensor) -> Tensor:
     constant = squares <= size * (_CONSTANT * largest).square()
     # NaN compares false, so a kernel that is not finite counts and makes the mean NaN; no kernel at all is 0 / 0.
     ratios = torch.where(constant, 0.0, (products / pairs) / (squares / size))
-    return ratios.sum() / (~constant).sum()
+    return torch.stack([ratios.sum(), (~constant).sum()])
 
 
 def _scatter(kernels: Tensor) -> Tensor:
     """The smaller of the (K, K) and (n, n) product matrices of the centred kernels: both have the squares of s."""
     rows = kernels.flatten(1)
-    centred = rows - rows.mean(dim=0)
+    if len(rows) < rows.shape[1]:
+        values = _exact(rows)
+        centred = values - values.mean(dim=0)
+        scatter, spread, largest = centred @ centred.T, _largest(centred), _largest(values)
+    else:
+        blocks = _blocks(rows)
+        mean = torch.stack([_exact(block).sum(dim=0) for block in blocks]).sum(dim=0) / len(rows)
+        scatter, spread, largest = mean.new_zeros(len(mean), len(mean)), mean.new_zeros(()), mean.new_zeros(())
+        for block in blocks:
+            values = _exact(block)
+            largest = torch.maximum(largest, _largest(values))
+            centred = values - mean
+            spread = torch.maximum(spread, _largest(centred))
+            scatter.addmm_(centred.T, centred)
     # Rounding of the mean would otherwise pass for a spread of kernels that are all the same.
-    same = _largest(centred) <= _CONSTANT * _largest(rows)
-    scatter = centred.T @ centred if len(rows) >= rows.shape[1] else centred @ centred.T
-    return torch.where(same, 0.0, scatter)
+    return torch.where(spread <= _CONSTANT * largest, 0.0, scatter)
 
 
 def _largest(values: Tensor) -> Tensor:
@@ -225,7 +251,11 @@ def _movement(weight: Tensor, start: Tensor) -> Tensor:
         )
     if not (weight.is_floating_point() and start.is_floating_point()):
         raise ValueError(f"Expected floating-point tensors, but got {weight.dtype} and {start.dtype}.")
-    now = _exact(weight)
-    before = start.detach().to(now.device, non_blocking=now.is_cuda)  # in float64 where it is read, without a copy
-    moved = torch.linalg.vector_norm(now - before)
-    return torch.where(moved == 0, 0.0, moved / torch.linalg.vector_norm(before, dtype=torch.float64))
+    now = weight.detach()
+    before = start.detach().to(now.device, non_blocking=now.is_cuda)
+    norms = []
+    for block, other in zip(_blocks(torch.atleast_1d(now)), _blocks(torch.atleast_1d(before)), strict=True):
+        values = _exact(other)
+        norms.append(torch.stack([torch.linalg.vector_norm(_exact(block) - values), torch.linalg.vector_norm(values)]))
+    moved, length = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    return torch.where(moved == 0, 0.0, moved / length)

@@ -74,8 +74,13 @@ class Drawn(Watched):
 
 @pytest.mark.filterwarnings("ignore:guided_backprop saw no activation")  # behind tanh and the like: true
 @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
-@given(channels=st.sampled_from([1, 2, 4, 13]), blocks=st.lists(BLOCK, min_size=1, max_size=4), seed=st.integers(0, 99))
-def test_any_network_is_counted_rightly_and_left_alone(channels, blocks, seed):
+@given(
+    channels=st.sampled_from([1, 2, 4, 13]),
+    blocks=st.lists(BLOCK, min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+    precision=st.sampled_from(["32-true", "64-true", "bf16-true"]),
+)
+def test_any_network_is_counted_rightly_and_left_alone(channels, blocks, seed, precision):
     """Dead filters window by window against a loop over full tensors; the weights bit for bit; no error."""
 
     def make():
@@ -83,6 +88,7 @@ def test_any_network_is_counted_rightly_and_left_alone(channels, blocks, seed):
         return Drawn(channels, blocks).rig()
 
     data = {"train": loader(5, shape=(channels, 8, 8)), "val": loader(3, shape=(channels, 8, 8), seed=1), "epochs": 1}
+    data["precision"] = precision
     expected = make()
     fit(expected, **data)
     actual, capture = make(), Capture()

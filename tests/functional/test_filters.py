@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lightning_interp.functional import filters
 from lightning_interp.functional.filters import filter_movement, filter_numbers, filter_smoothness, variance_entropy
 
 KERNELS = [(3,), (1, 7), (3, 3), (4, 2), (3, 2, 5)]
@@ -187,6 +188,47 @@ def test_movement_equals_naive_loop(dtype):
     assert filter_movement(now, start) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(40, 3, 3, 3), (7, 5, 5), (3, 2, 7, 7), (60, 1, 1, 1), (16, 2, 2, 2, 3)])
+@pytest.mark.parametrize("block", [1, 30, 100])
+def test_numbers_in_blocks_equal_those_of_the_whole(shape, block, monkeypatch):
+    """Blocks of less than a kernel, of some that don't divide the weight, and of one of the axes kept otherwise."""
+    generator = torch.Generator().manual_seed(6)
+    weight, start = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+    whole = filter_numbers({"a": weight}, {"a": start})["a"]
+    monkeypatch.setattr(filters, "_BLOCK", block)
+    assert filter_numbers({"a": weight}, {"a": start})["a"] == pytest.approx(whole, rel=1e-12, nan_ok=True)
+    turned = weight.transpose(0, -1).contiguous().transpose(0, -1)
+    assert filter_numbers({"a": turned}, {"a": start})["a"] == pytest.approx(whole, rel=1e-12, nan_ok=True)
+
+
+def test_numbers_in_blocks_a_spread_in_one_block_alone_counts_and_so_does_a_nan(monkeypatch):
+    """All kernels the same but for one of the last block; then one value that is not finite, first and last."""
+    weight = torch.full((50, 1, 3, 3), 0.1)
+    weight[-1, 0, 1, 1] = 0.2
+    whole = filter_smoothness(weight), variance_entropy(weight)
+    monkeypatch.setattr(filters, "_BLOCK", 20)
+    assert (filter_smoothness(weight), variance_entropy(weight)) == pytest.approx(whole, rel=1e-9)
+    assert not math.isnan(whole[1])
+    for place in (0, -1):
+        spoilt = weight.clone()
+        spoilt[place, 0, 0, 0] = math.nan
+        assert math.isnan(filter_smoothness(spoilt))
+        assert math.isnan(variance_entropy(spoilt))
+        assert math.isnan(filter_movement(spoilt, weight))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3, 3), (1, 1, 5), (4, 2, 3, 3), (2, 3, 1, 1), (1, 4, 2, 3, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_leave_the_weights_as_they_are(shape, dtype):
+    """Of float64, the type that is computed in, and of a single kernel views may be taken for copies."""
+    weight, start = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
+    before = weight.clone(), start.clone()
+    filter_numbers({"a": weight}, {"a": start})
+    filter_smoothness(weight), variance_entropy(weight), filter_movement(weight, start)
+    assert torch.equal(weight, before[0])
+    assert torch.equal(start, before[1])
+
+
 def test_movement_zeros_equals_the_stated_limits():
     """Nothing to nothing is no movement; away from nothing is infinite; to nothing is one's own length."""
     zero, one = torch.zeros(2, 1, 3), torch.ones(2, 1, 3)
@@ -194,6 +236,8 @@ def test_movement_zeros_equals_the_stated_limits():
     assert filter_movement(one, zero) == math.inf
     assert filter_movement(zero, one) == 1.0
     assert filter_movement(one, one) == 0.0
+    assert filter_movement(torch.zeros(3, 0), torch.zeros(3, 0)) == 0.0
+    assert filter_movement(torch.tensor(3.0), torch.tensor(2.0)) == 0.5
 
 
 @pytest.mark.parametrize(
