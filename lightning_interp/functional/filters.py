@@ -171,17 +171,17 @@ def _exact(tensor: Tensor) -> Tensor:
 
 def _blocks(kernels: Tensor) -> tuple[Tensor, ...]:
     """Pieces along the first axis, so small that on a CPU what is computed of a block stays in the cache."""
-    if kernels.device.type != "cpu":
+    if kernels.device.type != "cpu" or not kernels.ndim:
         return (kernels,)
-    return kernels.split(max(1, _BLOCK * len(kernels) // max(1, kernels.numel())))
+    return torch.split(kernels, max(1, _BLOCK * len(kernels) // max(1, kernels.numel())))
 
 
 def _smoothness(kernels: Tensor) -> Tensor:
     """Mean of r over the kernels, without waiting for the device."""
     if kernels[0].numel() == 1:
         return _exact(kernels.new_full((), math.nan))
-    total, count = torch.stack([_autocorrelation(block) for block in _blocks(kernels)]).sum(dim=0)
-    return total / count
+    sums = torch.stack([_autocorrelation(block) for block in _blocks(kernels)]).sum(dim=0)
+    return sums[0] / sums[1]
 
 
 def _autocorrelation(kernels: Tensor) -> Tensor:
@@ -254,7 +254,7 @@ def _movement(weight: Tensor, start: Tensor) -> Tensor:
     now = weight.detach()
     before = start.detach().to(now.device, non_blocking=now.is_cuda)
     norms = []
-    for block, other in zip(_blocks(torch.atleast_1d(now)), _blocks(torch.atleast_1d(before)), strict=True):
+    for block, other in zip(_blocks(now), _blocks(before), strict=True):
         values = _exact(other)
         norms.append(torch.stack([torch.linalg.vector_norm(_exact(block) - values), torch.linalg.vector_norm(values)]))
     moved, length = torch.linalg.vector_norm(torch.stack(norms), dim=0)
