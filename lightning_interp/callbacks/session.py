@@ -69,14 +69,21 @@ class Session:
 
         The history stays within reach, and after an exception the loggers too: other callbacks may still have something
         to write. Not so when the fit is over: Lightning closes the logs, and a late word would open a second file.
+
+        Raises:
+            Exception: What of ours could not be written. Lightning would run into it when it closes the logs.
         """
         session = _sessions.get(trainer)
-        if session is not None:
-            session._ended = True
+        if session is None:
+            return
+        session._ended = True
+        session.observer.close()
+        session._owners.clear()
+        session.observer = Observer(nn.Identity())  # the model knows the trainer, which must not live for ever
+        try:
+            session.flush(trainer)
+        finally:
             session._closed |= closed
-            session.observer.close()
-            session._owners.clear()
-            session.observer = Observer(nn.Identity())  # the model knows the trainer, which must not live for ever
 
     def owns_history(self, callback: object) -> bool:
         """Whether a callback writes what the rules read: the first of its class does, or they would read it twice."""

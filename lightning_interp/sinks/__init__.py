@@ -9,6 +9,7 @@ get them, and neither does a TensorBoardLogger that writes to a remote folder, w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from lightning_interp.records import Record
@@ -29,32 +30,33 @@ def write(loggers: Iterable[Any], records: Sequence[Record]) -> None:
     Raises:
         Exception: The first error of a logger, after all have been served.
     """
-    if not records:
-        return
-    errors = []
-    for logger in loggers:
-        sink = _sink_of(logger)
-        if sink is None:
-            continue
-        try:
-            sink(logger, records)
-        except Exception as error:
-            errors.append(error)
-    if errors:
-        raise errors[0]
+    if records:
+        served = [(logger, sink) for logger in loggers if (sink := _sink_of(logger)) is not None]
+        _all(partial(sink, logger, records) for logger, sink in served)
 
 
 def flush(loggers: Iterable[Any]) -> None:
     """Has loggers bring what they hold to the disk; those that can't be asked to are passed over.
 
-    A TensorBoardLogger's writer keeps scalars for up to two minutes otherwise.
-
     Args:
         loggers: As for `write`.
+
+    Raises:
+        Exception: The first error of a logger, after all have been asked.
     """
-    for logger in loggers:
-        if is_tensorboard(logger) and callable(getattr(logger.experiment, "flush", None)):
-            logger.experiment.flush()
+    _all(partial(tensorboard.flush, logger) for logger in loggers if is_tensorboard(logger))
+
+
+def _all(calls: Iterable[Callable[[], None]]) -> None:
+    """Makes all calls, and raises the first error at the end."""
+    errors = []
+    for call in calls:
+        try:
+            call()
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def is_tensorboard(logger: Any) -> bool:

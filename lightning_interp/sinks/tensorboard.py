@@ -13,6 +13,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from lightning_interp.errors import InterpWarning
 from lightning_interp.records import Embedding, Histogram, Image, Record, Scalar, Text
 from lightning_interp.sinks import projector
+from lightning_interp.sinks._event_thread import keeping_alive
 from lightning_interp.sinks.grouping import by_step
 
 _METHODS = ("add_scalar", "add_histogram_raw", "add_image", "add_text", "flush")
@@ -35,15 +36,35 @@ def write(logger: Any, records: Sequence[Record]) -> None:
     writer = logger.experiment
     if not all(hasattr(writer, method) for method in _METHODS):
         return
+    with keeping_alive(writer):
+        _write_events(writer, records)
+    embeddings = [record for record in records if isinstance(record, Embedding)]
+    if embeddings:
+        _write_embeddings(writer, str(logger.log_dir), embeddings)
+
+
+def flush(logger: Any) -> None:
+    """Brings to the disk what the writer holds; it keeps scalars for up to two minutes otherwise.
+
+    Args:
+        logger: A TensorBoardLogger; one whose writer has no `flush` is passed over.
+
+    Raises:
+        Exception: What went wrong while something was written, now or since the last time.
+    """
+    writer = logger.experiment
+    if callable(getattr(writer, "flush", None)):
+        with keeping_alive(writer):
+            writer.flush()
+
+
+def _write_events(writer: Any, records: Sequence[Record]) -> None:
     _write_scalars(writer, [record for record in records if isinstance(record, Scalar)])
     others = [record for record in records if isinstance(record, Histogram | Image | Text)]
     for record in others:
         _write_other(writer, record)
     if others:
         writer.flush()  # else they may show up two minutes late; scalars come with the flushes of `self.log`
-    embeddings = [record for record in records if isinstance(record, Embedding)]
-    if embeddings:
-        _write_embeddings(writer, str(logger.log_dir), embeddings)
 
 
 def _write_scalars(writer: Any, scalars: Sequence[Scalar]) -> None:

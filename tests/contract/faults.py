@@ -53,13 +53,21 @@ FAULTS = (
         "said once by each callback that can't write; training, other loggers and the user's metrics go on",
         (
             f"{_FAILURES}test_full_disk_is_said_once",
+            f"{_FAILURES}test_events_that_cannot_be_written_do_not_end_the_run[full]",
+            f"{_FAILURES}test_events_of_the_user_that_cannot_be_written_end_the_run_as_without_us[full]",
+            f"{_FAILURES}test_events_of_the_user_are_written_once_there_is_room_again",
             f"{_FAILURES}test_file_that_fills_the_disk_in_mid_run_is_said_once",
         ),
     ),
     Fault(
         "log folder deleted in mid-run",
-        "pictures rest, said once; numbers go on; the projector's folder is made again",
-        (f"{_FAILURES}test_log_folder_deleted", "test_projector.py::test_folder_deleted_in_mid_run_is_made_again"),
+        "what lies there rests, said once; other loggers and the training go on; the projector's folder is made again",
+        (
+            f"{_FAILURES}test_log_folder_deleted",
+            f"{_FAILURES}test_events_that_cannot_be_written_do_not_end_the_run[deleted]",
+            f"{_FAILURES}test_events_of_the_user_that_cannot_be_written_end_the_run_as_without_us[deleted]",
+            "test_projector.py::test_folder_deleted_in_mid_run_is_made_again",
+        ),
     ),
     Fault(
         "log folder read-only, or a file",

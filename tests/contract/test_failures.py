@@ -3,6 +3,7 @@
 import pickle
 import shutil
 import signal
+import warnings
 from pathlib import Path
 
 import pytest
@@ -353,6 +354,96 @@ def test_file_that_fills_the_disk_in_mid_run_is_said_once(name, tmp_path):
     assert name.split(".")[0].split("/")[0] in about_disk[0]
     assert {alert.rule for alert in loud.history} >= {"non_finite"}
     assert "interp/dead_filters" in {value.tag for event in summaries(tmp_path) for value in event.summary.value}
+
+
+class Mute(Net):
+    """Logs nothing itself, so that all that TensorBoard has to write is ours."""
+
+    def log(self, *args, **kwargs):
+        """Leaves the logger alone."""
+
+
+class Breaks(pl.Callback):
+    """Takes the events' place away after the first epoch: their folder, or room on the disk; gives it back for a while.
+
+    Args:
+        fault: `deleted` or `full`.
+        again: Epoch from which on events can be written as before.
+    """
+
+    def __init__(self, fault, again=99):
+        self.fault, self.again = fault, again
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        for file in event_files(Path(trainer.log_dir).parent):
+            kept = Path(trainer.log_dir).parent / f"kept.{file.name}"
+            if trainer.current_epoch == 1:
+                shutil.move(file, kept)
+                if self.fault == "full":
+                    file.symlink_to("/dev/full")
+            elif trainer.current_epoch == self.again:
+                file.unlink()
+        if trainer.current_epoch == 1 and self.fault == "deleted":
+            shutil.rmtree(trainer.log_dir)
+
+
+def fit_on_a_broken_disk(model, callbacks, board):
+    """What the fit raised, or None; what was said; how many batches were trained."""
+    watching, error = Watching(), None
+    trainer = quiet_trainer(max_epochs=4, callbacks=[*callbacks, watching], logger=board, num_sanity_val_steps=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", InterpWarning)
+        try:
+            trainer.fit(model, loader(), loader(12, seed=1, shuffle=False))
+        except OSError as problem:
+            error = problem
+    assert_nothing_left(model, trainer.optimizers)
+    return error, [str(w.message) for w in caught if issubclass(w.category, InterpWarning)], watching.batches
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
+@pytest.mark.parametrize("fault", ["deleted", "full"])
+def test_events_that_cannot_be_written_do_not_end_the_run(fault, tmp_path):
+    """With TensorBoard's own writer, whose thread they end: Lightning's last flush must find a live one."""
+    board = pl.loggers.TensorBoardLogger(tmp_path)
+    error, said, batches = fit_on_a_broken_disk(Mute(), [Breaks(fault), Interp()], board)
+    assert error is None
+    assert batches == 16
+    assert said
+    assert len(said) == len(set(said))
+    assert all("No such file" in message or "No space left" in message for message in said)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("fault", ["deleted", "full"])
+def test_events_of_the_user_that_cannot_be_written_end_the_run_as_without_us(fault, tmp_path):
+    """Theirs are tried on their own, so that nothing of theirs is lost in silence."""
+    without, *_ = fit_on_a_broken_disk(Net(), [Breaks(fault)], pl.loggers.TensorBoardLogger(tmp_path / "without"))
+    with_us, *_ = fit_on_a_broken_disk(
+        Net(), [Breaks(fault), Interp()], pl.loggers.TensorBoardLogger(tmp_path / "with")
+    )
+    assert isinstance(without, OSError)
+    assert type(with_us) is type(without)
+    assert with_us.errno == without.errno
+
+
+class Late(Mute):
+    """Logs one number, in the last epoch."""
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 3:
+            self.trainer.logger.log_metrics({"late": 1.0}, step=self.global_step)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_events_of_the_user_are_written_once_there_is_room_again(tmp_path):
+    """Ours, that failed in between, do not stand in their way."""
+    board = pl.loggers.TensorBoardLogger(tmp_path)
+    error, said, _ = fit_on_a_broken_disk(Late(), [Breaks("full", again=2), Interp()], board)
+    assert error is None
+    assert said
+    tags = [value.tag for event in summaries(Path(board.log_dir)) for value in event.summary.value]
+    assert "late" in tags
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that nobody can write to")
