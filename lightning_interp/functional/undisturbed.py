@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-Cleanup = Callable[[], None]
+from lightning_interp.functional.attributes import Cleanup, keep_attributes, write_back
 
 
 @contextmanager
@@ -53,11 +53,8 @@ def _keep_modules(model: nn.Module) -> Cleanup:
             parameter.requires_grad_(requires_grad)
         for module, name, buffer, value in buffers:
             module._buffers[name] = buffer
-            # Always: batch normalisation updates its statistics without counting `_version` up. Through `.data`, which
-            # does not count either: autograd may have saved the buffer for a backward to come. An expanded buffer
-            # can't be written to, by the model as little as by us.
-            if not any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)):
-                buffer.data.copy_(value)
+            # Always: batch normalisation updates its statistics without counting `_version` up.
+            write_back(buffer, value)
 
     return put_back
 
@@ -103,8 +100,8 @@ def undisturbed(model: nn.Module, *, training: bool | None = False, gradients: b
     """A region in which the model may be called, after which it is as it was, also after an exception.
 
     Kept and put back: generator states of torch, CUDA, numpy and python, the train/eval flag of each module, buffers
-    (BatchNorm statistics), `.grad`, `requires_grad`. Inside, inference mode and autocast are off, compiled modules
-    run eagerly, and the module's `log` is mute.
+    (BatchNorm statistics), `.grad`, `requires_grad`, and what modules keep in attributes (`attributes.py` says what).
+    Inside, inference mode and autocast are off, compiled modules run eagerly, and the module's `log` is mute.
 
     Args:
         model: Any module; hooks on it stay on.
@@ -114,6 +111,7 @@ def undisturbed(model: nn.Module, *, training: bool | None = False, gradients: b
     with ExitStack() as stack:
         stack.enter_context(_own_forward())
         stack.enter_context(generators_kept())
+        stack.callback(keep_attributes(model))
         stack.callback(_keep_modules(model))
         stack.callback(_mute(model))
         if training is not None:

@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import torch
+import torchmetrics
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -164,6 +165,35 @@ def stochastic():
     )
 
 
+_BESIDE = np.random.default_rng(11)  # a generator that no module holds; recipes begin anew with `Stateful`
+
+
+class Stateful(nn.Module):
+    """Noise from generators of its own, less with each call; keeps books in attributes, and a metric."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.calls, self.kept = body(), 0, [[], {}]
+        self.torch, self.python = torch.Generator().manual_seed(1), random.Random(2)
+        self.numpy = {"old": np.random.RandomState(3), "new": np.random.default_rng(4)}
+        self.running, self.row = torch.zeros(1), np.zeros(2)
+        self.spread = torchmetrics.MeanMetric()
+        _BESIDE.bit_generator.state = np.random.default_rng(11).bit_generator.state
+
+    def forward(self, x):
+        self.calls += 1
+        noise = torch.randn(x.shape, generator=self.torch)
+        noise = noise + self.python.random() + self.numpy["old"].rand() + self.numpy["new"].random() + _BESIDE.random()
+        x = x + 0.1 * noise / self.calls + 0.01 * (self.running + self.row[0] + len(self.kept[0])).to(x)
+        self.running += x.detach().mean().cpu()
+        self.row += 0.1
+        self.kept[0].append(self.calls)
+        self.kept[1][self.calls] = True
+        self.last = x.detach()
+        self.spread.update(x.detach().std())
+        return self.net(x) * (1 + self.spread.compute())
+
+
 def one_filter(network):
     """A layer of a single kernel in front: of float64, what looks like a copy of its weight may be the weight."""
     return nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), *network)
@@ -295,6 +325,7 @@ MORE = [
     Recipe("channels_last", ChannelsLast),
     Recipe("stochastic_depth", lambda: Net(stochastic())),
     Recipe("augmented", Augmented),
+    Recipe("stateful", lambda: Net(Stateful())),
     Recipe("attentive", lambda: Net(Attentive())),
     Recipe("wrapped", lambda: Net(Wrapped())),
     Recipe("no_dropout_double_precision", lambda: Net(one_filter(body(0.0))), trainer={"precision": "64-true"}),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections import Counter, OrderedDict, defaultdict, deque
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from lightning_interp.functional import attributes
 from lightning_interp.functional.undisturbed import generators_kept, tensors_to, undisturbed
 
 
@@ -86,6 +89,76 @@ def test_all_is_put_back(model, training):
     assert model.logged == []
     model.log("y", 0.0)
     assert model.logged == ["y"]
+
+
+class Bookkeeper(nn.Module):
+    """Has one attribute of each kind that a forward may change."""
+
+    def __init__(self):
+        super().__init__()
+        self.number, self.name, self.pair = 0, "a", (1, 2)
+        self.tensor, self.array = torch.zeros(2), np.zeros(2)
+        self.row, self.queue, self.members = [[1], torch.zeros(1)], deque([1], maxlen=2), {1}
+        self.table, self.counts = {"a": 1, "b": [1]}, Counter("ab")
+        self.defaults, self.order = defaultdict(list), OrderedDict(a=1, b=2)
+        self.generators = [torch.Generator(), np.random.RandomState(0), np.random.default_rng(0), random.Random(0)]
+        with torch.inference_mode():
+            self.inferred = torch.zeros(2)
+
+    def forward(self, x):
+        self.number, self.name, self.pair, self.new = self.number + 1, "b", (3,), "new"
+        self.tensor += 1
+        self.tensor.data.add_(1)
+        self.array += 1
+        self.row[0].append(2)
+        self.row[1].add_(1)
+        self.row.append(3)
+        self.queue.extend([2, 3])
+        self.members.add(2)
+        self.table["b"].append(2)
+        self.table["a"] = 2
+        self.counts.update("bc")
+        self.defaults["x"].append(1)
+        self.order.move_to_end("a")
+        torch.rand(1, generator=self.generators[0]), self.generators[1].rand(), self.generators[2].random()
+        self.generators[3].random()
+        with torch.inference_mode():
+            self.inferred.add_(1)
+        return x
+
+    def books(self):
+        draws = [torch.rand(3, generator=self.generators[0]).tolist(), self.generators[1].rand(3).tolist()]
+        draws += [self.generators[2].random(3).tolist(), [self.generators[3].random() for _ in range(3)]]
+        skipped = {"generators", "training"}
+        held = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in skipped}
+        return repr([held, list(self.order)]), draws
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_attributes_are_put_back(fails):
+    """Counters, running values, lists in lists, generators, new attributes; also after an exception."""
+    untouched, model = Bookkeeper(), nn.Sequential(Bookkeeper())
+    held = {name: id(value) for name, value in vars(model[0]).items()}
+    with suppress(ZeroDivisionError), undisturbed(model):
+        model(torch.ones(1))
+        model(torch.ones(1))
+        assert model[0].books() != Bookkeeper().books()
+        if fails:
+            raise ZeroDivisionError
+    assert {name: id(value) for name, value in vars(model[0]).items()} == held
+    assert model[0].books() == untouched.books()
+
+
+def test_data_that_a_module_holds_is_not_copied(monkeypatch):
+    """A data set in an attribute: more values than a forward would change."""
+    monkeypatch.setattr(attributes, "_LARGE", 3)
+    model = Bookkeeper()
+    model.small, model.large = torch.zeros(3), torch.zeros(4)
+    with undisturbed(model):
+        model.small += 1
+        model.large += 1
+    assert model.small.tolist() == [0, 0, 0]
+    assert model.large.tolist() == [1, 1, 1, 1]
 
 
 def test_all_is_put_back_after_an_exception(model):
