@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from lightning_interp.callbacks.batches import NoScoresError
+from lightning_interp.callbacks.batches import call_with_images
 from lightning_interp.callbacks.guard import undisturbed
 from lightning_interp.functional.tracing import ActivationTracer, End
 from lightning_interp.render.color import Pixels, denormalise
@@ -44,10 +44,7 @@ def activation_maps(
     """
     maps = _Maps()
     with undisturbed(model, training=False), ActivationTracer(model, maps.read) as tracer:
-        try:
-            output = model(images)
-        except Exception as error:  # a forward that takes something else than images
-            raise NoScoresError(f"calling the model with images raised {type(error).__name__}: {error}") from error
+        output = call_with_images(model, images)
     del output
     if tracer.error is not None:
         raise tracer.error

@@ -114,6 +114,7 @@ class LayerPictures:
             for start in range(0, len(places), _BATCH):
                 part = places[start : start + _BATCH]
                 images = torch.stack([shown.images[int(shown.ranking.indices[place])] for place in part])
+                images = images if images.is_floating_point() else images.float()  # bytes have no gradient
                 filters = torch.tensor([row for row, _ in part])
                 positions = torch.stack([shown.ranking.positions[place] for place in part])
                 units = self._known_units(model, images, call)

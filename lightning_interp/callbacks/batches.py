@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 IMAGE_KEYS = ("image", "images", "x", "input", "inputs", "pixel_values", "img")
@@ -25,6 +26,20 @@ class UnreadableError(ValueError):
 
 class NoScoresError(UnreadableError):
     """A model gives no scores for images; the message says what to do."""
+
+
+def call_with_images(model: nn.Module, images: Tensor) -> Any:
+    """What the model returns for images.
+
+    Raises:
+        NoScoresError: If it can't be called with them.
+    """
+    try:
+        return model(images)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a forward that takes something else than images
+        raise NoScoresError(f"calling the model with images raised {type(error).__name__}: {error}") from error
 
 
 def read_batch(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:

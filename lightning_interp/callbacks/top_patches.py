@@ -17,6 +17,7 @@ from lightning_interp.callbacks._excited import Excited, firing, images_of, inde
 from lightning_interp.callbacks._lightning import LightningModule, Trainer
 from lightning_interp.callbacks._patch_pictures import BLANK, LayerPictures, Shown
 from lightning_interp.callbacks.base import InterpCallback, OnError
+from lightning_interp.callbacks.batches import call_with_images
 from lightning_interp.callbacks.fallback import hidden_layers, named
 from lightning_interp.callbacks.guard import undisturbed
 from lightning_interp.callbacks.observer import Observer
@@ -273,7 +274,7 @@ class TopPatches(InterpCallback):
             for images in torch.split(self._eager_images, _BATCH):
                 excited.begin_batch(len(images))
                 with ActivationTracer(pl_module, excited.read, units=units) as tracer:
-                    output = pl_module(images)
+                    output = call_with_images(pl_module, images)
                 del output
                 if tracer.error is not None:
                     raise tracer.error

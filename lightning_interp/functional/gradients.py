@@ -74,8 +74,8 @@ def plain_pass(  # noqa: PLR0913 - what is wanted, by keyword
     found = None if listener is None else listener.maps
     if listener is not None and (found is None or not found.requires_grad):
         raise NoFeatureMapsError(
-            f"Grad-CAM needs feature maps with more than one position, but no convolution of {type(model).__name__} "
-            "makes any for these images; give `layer`, or leave this method out."
+            "Grad-CAM needs feature maps with more than one position, but no convolution of the model makes any for "
+            "these images; give `layer`, or leave this method out."
         )
     wanted = [tensor for tensor in (leaf if pixels else None, found) if tensor is not None]
     parts = torch.autograd.grad(target_scores(scores, targets).sum(), wanted, allow_unused=True)

@@ -113,15 +113,18 @@ class UndertrainedRule(Rule):
         part = (seen.now - seen.later) / scale
         threshold = self.fall * float(np.interp(seen.now / scale, _LEFT, (1.0, 0.5)))
         falling = part > threshold * (RELAXED if (self.name, None) in active else 1.0)
-        if (falling and seen.certainty >= self.certainty) or self._not_begun(history, seen.now / reference):
-            yield self._alert(history, seen, (part, threshold), reference)
+        falling = falling and seen.certainty >= self.certainty
+        if falling or self._not_begun(history, seen.now / reference):
+            future = f"in {self.horizon:g} times the steps it would come to about {seen.later:.3g}"
+            what = f"and still falling: {future}" if falling else f"and has not left its first level, {reference:.3g}"
+            yield self._alert(history, seen, (part, threshold), reference, what)
 
     def _not_begun(self, history: History, part: float) -> bool:
         """Whether the loss has not left its first level, and the steps have been too short for it to do so."""
         ratios = [point.value for point in history.finite("step_ratio")]
         return part > self.not_begun and len(ratios) >= _PROBES and statistics.median(ratios) > self.short
 
-    def _alert(self, history: History, seen: Forecast, fall: tuple[float, float], reference: float) -> Alert:
+    def _alert(self, history: History, seen: Forecast, fall: tuple[float, float], reference: float, what: str) -> Alert:
         apart, separation = _separation(history)
         slow = any(alert.severity == "warning" for alert in LearningRateTooLowRule().check(history, ()))
         longer = f"Train about {self.horizon:g} times as long ({self.horizon * steps_done(history):.0f} steps)"
@@ -131,10 +134,7 @@ class UndertrainedRule(Rule):
             value=fall[0],
             threshold=fall[1],
             cause="learning rate too low" if slow else "too few steps",
-            message=(
-                f"The training loss is {seen.now:.3g} and still falling: in {self.horizon:g} times the steps it would "
-                f"come to about {seen.later:.3g}.{apart}"
-            ),
+            message=f"The training loss is {seen.now:.3g} {what}.{apart}",
             advice=(
                 "Raise the learning rate first (see learning_rate_too_low), then train longer if need be."
                 if slow

@@ -154,6 +154,46 @@ def test_without_validation_the_first_images_are_passed_through_eagerly(tmp_path
     assert set(callback.top) == {"net.0", "net.3", "net.8"}
 
 
+class WithLengths(Plain):
+    """Can't be called with images alone."""
+
+    def forward(self, x, lengths):
+        return self.net(x) / lengths
+
+    def loss(self, batch):
+        return nn.functional.cross_entropy(self(batch[0], 1), batch[1])
+
+
+def test_model_that_cannot_be_called_with_images_is_told_so(tmp_path):
+    """Where there is no validation to watch; where there is, nothing needs to be called for the patches themselves."""
+    callback = TopPatches()
+    trainer = quiet_trainer(callbacks=[callback], logger=pl.loggers.TensorBoardLogger(tmp_path / "without"))
+    (said,) = fit_quietly(trainer, WithLengths(), loader(noise=0.0))
+    assert "nothing to show: calling the model with images raised TypeError" in said
+    callback = TopPatches()
+    fit([callback], tmp_path / "with", WithLengths())
+    assert set(callback.top) == {"net.0", "net.3", "net.8"}
+
+
+class Bytes(Plain):
+    """Normalises within itself."""
+
+    def forward(self, x):
+        return self.net(x.float() / 128 - 1)
+
+
+def test_images_of_bytes_have_projections_too(tmp_path):
+    """They have no gradient as they are."""
+
+    def bytes_of(seed):
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8, generator=generator)
+        return DataLoader([(image, n % 3) for n, image in enumerate(images)], batch_size=6)
+
+    trainer = quiet_trainer(callbacks=[TopPatches(on_error="raise")], logger=pl.loggers.TensorBoardLogger(tmp_path))
+    assert fit_quietly(trainer, Bytes(), bytes_of(0), bytes_of(1)) == []
+
+
 def test_compiled_model_is_watched_in_an_eager_pass(tmp_path):
     """Hooks on it would never be called; the result is that of the pure function."""
     torch.manual_seed(0)

@@ -291,7 +291,7 @@ def test_last_feature_maps_are_found(name):
 def test_grad_cam_without_feature_maps_says_so():
     """A linear model has none."""
     model, _ = linear_model()
-    with pytest.raises(NoFeatureMapsError, match="no convolution of Sequential"):
+    with pytest.raises(NoFeatureMapsError, match="no convolution of the model makes any"):
         saliency_map(model, torch.zeros(1, 1, 2, 3), torch.tensor([0]), method="grad_cam")
 
 

@@ -135,6 +135,16 @@ def test_a_too_low_rate_is_given_as_the_cause():
     assert alert.cause == "learning rate too low"
 
 
+def test_a_loss_that_has_not_left_its_first_level_is_not_called_falling():
+    """The steps were too short for it to do so: what they promise is all that can be said."""
+    history = curve(DONE["never learned"], 0.01, 0)
+    assert check(UndertrainedRule(), history) == []
+    write(history, "step_ratio", [0.999] * 30, every=20)
+    (alert,) = check(UndertrainedRule(), history)
+    assert "The training loss is 2.3 and has not left its first level, 2.3." in alert.message
+    assert "falling" not in alert.message
+
+
 def test_nan_is_another_matter():
     history = curve(CUT_SHORT["straight"], 0.0, 0)
     history.record("loss", math.nan, step=STEPS)
