@@ -51,7 +51,7 @@ class LabelWatch:
         reason = self.losses.reason or self.order.reason
         if reason is not None or bool(self.losses.means().counts.any()):
             return reason
-        return "the last Linear layer does not return the scores"
+        return "the last Linear layer does not return a score for each class"
 
     def release(self) -> None:
         """Takes everything off the model and the loader."""

@@ -261,7 +261,8 @@ class Influence(PeriodicCallback):
             self.say_once(f"Influence has nothing to show of the training images: {alike or why_unusable(train)}.")
             return
         self._watch.look(train, torch.tensor(self._train.indices), step)
-        self._note_labels(trainer, step)
+        # Without scores it may be trained on something else than these labels: then no rule is to judge them.
+        self._note_labels(trainer, step, judged=bool(train.losses.isfinite().any()))
         if test is not None and trainer.loggers:
             output = InfluenceOutput(self, trainer, pl_module, step)
             if self._watch.limit is not None:
@@ -272,7 +273,7 @@ class Influence(PeriodicCallback):
             output.suspects(self._train, self._watch.rank(MOST_ROWS))
             self._ask(output, train, test)
 
-    def _note_labels(self, trainer: Trainer, step: int) -> None:
+    def _note_labels(self, trainer: Trainer, step: int, *, judged: bool) -> None:
         wrong, history = self._watch.wrong, self.notebook(trainer)
         if wrong is None:
             return
@@ -280,7 +281,7 @@ class Influence(PeriodicCallback):
         history.note("label_anchors", wrong.anchors)
         for quantity, value in (("suspect_label_share", wrong.share), ("label_recognition", wrong.recognition)):
             if not math.isnan(value):
-                self.log_number(trainer, quantity, value, step=step, note=True)
+                self.log_number(trainer, quantity, value, step=step, note=judged)
 
     def _ask(self, output: InfluenceOutput, train: Embedded, test: Embedded) -> None:
         if self._train is None or self._test is None or self._place is None:

@@ -39,7 +39,7 @@ def test_without_losses_of_the_loop_the_points_are_ranked_by_their_own():
     assert dict(zip(ranked.indices.tolist(), ranked.scores.tolist(), strict=True)) == pytest.approx(expected)
     assert (ranked.indices[0], ranked.given[0], ranked.suggested[0]) == (30, 7, 4)
     assert len(found.rank(4).indices) == 4
-    assert "does not return the scores" in found.limit
+    assert "does not return a score for each class" in found.limit
 
 
 def test_a_step_that_was_looked_at_does_not_count_twice():
