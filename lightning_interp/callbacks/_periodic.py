@@ -114,7 +114,8 @@ class PeriodicCallback(InterpCallback):
             after = max(step - 1, 0) if self.scheduled(hook, trainer) and not self.spared else None
         elif hook == "on_train_end":
             after = max(step - 1, 0)
-        return after if after != self._shown or self._measuring == (hook, step) else None
+        new = after is not None and (after != self._shown or self._measuring == (hook, step))
+        return after if new and self.may_call(trainer) else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shows the state before the first step."""

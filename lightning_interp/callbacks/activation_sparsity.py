@@ -294,7 +294,7 @@ class ActivationSparsity(InterpCallback):
 
     def _show_maps(self, trainer: Trainer, pl_module: LightningModule, *, step: int) -> None:
         """The activation maps of the fixed samples, one picture per layer and sample."""
-        if self._images is None:
+        if self._images is None or not self.may_call(trainer):
             return
         self.wait_for_training(trainer)
         try:

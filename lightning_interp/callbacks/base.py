@@ -22,6 +22,7 @@ from lightning_interp.callbacks._guarding import HOOKS, IN_BATCH, STATE, guarded
 from lightning_interp.callbacks._lightning import LightningModule, Trainer, accumulates, axis_step
 from lightning_interp.callbacks._output import Output
 from lightning_interp.callbacks.batches import UnreadableError
+from lightning_interp.callbacks.guard import shapeless
 from lightning_interp.callbacks.schedule import ALWAYS, BatchHooks, Schedule
 from lightning_interp.callbacks.session import Session
 from lightning_interp.errors import InterpWarning
@@ -195,7 +196,20 @@ class InterpCallback(Output):
         self.release()
         self.say_for_all(trainer, type(error), f"has nothing to show: {error}")
 
-    def say_for_all(self, trainer: Trainer, kind: type[Exception], message: str) -> None:
+    def may_call(self, trainer: Trainer) -> bool:
+        """Whether the model may be called; the same on all ranks.
+
+        Not as long as a lazy layer has no shape, which is said: our forward would draw its weights at another moment
+        than the training does.
+        """
+        without = shapeless(trainer.lightning_module)
+        if without:
+            named = ", ".join(without[:4]) + (", ..." if len(without) > 4 else "")
+            message = f"waits for the first forward of the training: {named} have no shape before."
+            self.say_for_all(trainer, "shapeless", message)
+        return not without
+
+    def say_for_all(self, trainer: Trainer, kind: type[Exception] | str, message: str) -> None:
         """Warns of a limit that other callbacks share; the first one to meet it speaks for all."""
         said = Session.of(trainer).said
         if kind not in said:

@@ -140,7 +140,7 @@ class DeadFilters(InterpCallback):
                 "The model is compiled: DeadFilters measures in an eager pass over "
                 f"{self._eager.num_samples} fixed samples at the end of each window, and is exact over these."
             )
-            if not self._first_done:
+            if not self._first_done and self.may_call(trainer):
                 self._close(trainer, pl_module, step=self.step_of(trainer))
         self._publish(trainer)
 
@@ -296,7 +296,8 @@ class DeadFilters(InterpCallback):
         on_training = not (self._first_done and self._use_validation)
         if hook == "on_train_start":
             self._choose_split(trainer)
-            return not self._first_done and Session.begin(trainer, trainer.lightning_module).observer.compiled
+            compiled = Session.begin(trainer, trainer.lightning_module).observer.compiled
+            return not self._first_done and compiled and self.may_call(trainer)
         return {
             "on_train_batch_end": on_training and self._train_window_ends(trainer),
             "on_validation_epoch_end": self._use_validation,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_interp.callbacks._ranks import is_sharded
-from lightning_interp.callbacks.guard import undisturbed
+from lightning_interp.callbacks.guard import shapeless, undisturbed
 from lightning_interp.callbacks.samples import fixed_samples
 from lightning_interp.callbacks.session import Session
 from lightning_interp.callbacks.window import Units, Window
@@ -57,7 +57,8 @@ def hidden_layers(trainer: Any, model: nn.Module) -> set[str]:
     """
     observer = Session.of(trainer).observer
     missing = observer.unreached()
-    if not missing or is_sharded(trainer):  # there, a forward on one rank waits for the others
+    # Where weights are split, a forward on one rank waits for the others; lazy layers are for the training to shape.
+    if not missing or is_sharded(trainer) or shapeless(model):
         return set()
     try:
         images, _ = fixed_samples(trainer, model, 1)

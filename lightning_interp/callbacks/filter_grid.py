@@ -119,11 +119,9 @@ class FilterGrid(InterpCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the weights before the first step and shows them; after a resume goes on with those that were kept."""
-        available = _convolutions(pl_module)
-        if not available:
-            self.say_once(f"FilterGrid has nothing to show: {type(pl_module).__name__} has no convolution.")
+        self._find(pl_module)
+        if not self._convolutions:
             return
-        self._convolutions = {layer: module for layer, module in available.items() if self._chosen(layer)}
         weights = {layer: _weight(module) for layer, module in self._convolutions.items()}
         step, directory = self.step_of(trainer), Session.of(trainer).directory
         if step == 0:
@@ -133,10 +131,21 @@ class FilterGrid(InterpCallback):
                 f"FilterGrid does not have the weights before the first step: {problem}. For the layers concerned "
                 f"`filter_movement` is relative to the weights at step {step}, where this run was resumed."
             )
-        if trainer.is_global_zero and (problem := self._start.write(directory)) and directory is not None:
-            self.say_once(f"FilterGrid can't keep the weights before the first step for a resume: {problem}.")
+        self._keep_start(trainer)
         if step == 0:
             self._show(trainer, step=0)
+
+    def _find(self, pl_module: LightningModule) -> None:
+        """Takes the layers that the model has now; lazy ones come when the training has given them a shape."""
+        available = _convolutions(pl_module)
+        if not available and not any(map(is_lazy, pl_module.parameters())):
+            self.say_once(f"FilterGrid has nothing to show: {type(pl_module).__name__} has no convolution.")
+        self._convolutions = {layer: module for layer, module in available.items() if self._chosen(layer)}
+
+    def _keep_start(self, trainer: Trainer) -> None:
+        directory = Session.of(trainer).directory
+        if trainer.is_global_zero and (problem := self._start.write(directory)) and directory is not None:
+            self.say_once(f"FilterGrid can't keep the weights before the first step for a resume: {problem}.")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -187,12 +196,14 @@ class FilterGrid(InterpCallback):
 
     def _show(self, trainer: Trainer, *, step: int) -> None:
         """Logs numbers on all ranks (their rules read them) and pictures where they are written."""
+        measuring = self._measured != step or step == 0
+        if measuring:
+            self._measured = step
+            self._look_again(trainer, step=step)
         if not self._convolutions:
             return
         self.wait_for_training(trainer)
-        if self._measured != step or step == 0:
-            self._measured = step
-            self._look_again(trainer, step=step)
+        if measuring:
             self._log_numbers(trainer, step=step)
         if trainer.is_global_zero and trainer.loggers and not self.quiet and not self.spared:
             dead = Session.of(trainer).dead
@@ -205,12 +216,12 @@ class FilterGrid(InterpCallback):
 
     def _look_again(self, trainer: Trainer, *, step: int) -> None:
         """Takes the layers that the model has now: the user may have replaced some."""
-        available = _convolutions(trainer.lightning_module)
-        self._convolutions = {layer: module for layer, module in available.items() if self._chosen(layer)}
+        self._find(trainer.lightning_module)
         weights = {layer: _weight(module) for layer, module in self._convolutions.items()}
         new = [layer for layer, weight in weights.items() if not self._start.fits(layer, weight)]
         if new:
             self._start.take({layer: w if layer in new else self._start.weights[layer] for layer, w in weights.items()})
+            self._keep_start(trainer)
             self.say_once(
                 f"{', '.join(new[:4])}{', ...' if len(new) > 4 else ''} came later, or with another shape: there "
                 f"FilterGrid's `filter_movement` is relative to the weights at step {step}."

@@ -176,7 +176,7 @@ class Influence(PeriodicCallback):
             self._watch.order.install(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Chooses the images, finds the embedding, and begins to collect losses."""
+        """Chooses the images, and begins."""
         if first_indexable(trainer.train_dataloader) is None:
             raise UnreadableError(
                 "Influence needs training images that can be read by index (a data set with `__getitem__` and "
@@ -188,8 +188,15 @@ class Influence(PeriodicCallback):
             wrong = no_classes(next(self._train.read(trainer, pl_module, range(len(self._train)))).labels)
             if wrong is not None:
                 raise NoClassesError(wrong)
-            self._place = find_place(pl_module, self._train, trainer, self.layer)
-            head = self._place if self.layer is None else self._head_place(trainer, pl_module, self._train)
+        self._begin(trainer, pl_module, self._train)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, train: Points) -> None:
+        """Finds the embedding and begins to collect losses, as soon as the model may be called."""
+        if not self.may_call(trainer):
+            return
+        with undisturbed(pl_module):
+            self._place = find_place(pl_module, train, trainer, self.layer)
+            head = self._place if self.layer is None else self._head_place(trainer, pl_module, train)
         if head is not None and head.gives_scores:
             self._watch.losses.open(trainer, pl_module, head.layer, self._watch.order)
 
@@ -212,6 +219,8 @@ class Influence(PeriodicCallback):
     ) -> None:
         """Adds the losses of the batch; measures after a due step."""
         self._watch.losses.end_batch()
+        if self._place is None and self._train is not None:
+            self._begin(trainer, pl_module, self._train)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def due(self, hook: str, trainer: Trainer) -> int | None:

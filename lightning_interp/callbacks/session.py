@@ -29,7 +29,7 @@ class Session:
         depths: Position of each layer with weights in the whole model, in the order of `named_modules()`.
         directory: Folder of the run's own files, None when nothing is to be written.
         dead: Layer to the indices of its dead filters in the last window.
-        said: Kinds of what can't be read that were reported already.
+        said: Kinds of limits that were reported already, for all callbacks.
     """
 
     def __init__(self, trainer: Any, model: nn.Module) -> None:
@@ -38,7 +38,7 @@ class Session:
         self.depths = layer_depths(model)
         self.directory = log_directory(trainer)
         self.dead: dict[str, list[int]] = {}
-        self.said: set[type[Exception]] = set()
+        self.said: set[type[Exception] | str] = set()
         self._owners: dict[type, object] = {}
         self._last_steps: dict[tuple[str, bool], int] = {}
         self._ended = False

@@ -243,7 +243,7 @@ class TopPatches(InterpCallback):
             rankings = run.excited.unpack(packed, names, {name: units[name].num_filters for name in names}, trainer)
         if run.excited.count and self._never_seen(trainer, pl_module, run.excited):
             return
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and self.may_call(trainer):
             self._show(trainer, pl_module, rankings, run.excited, step=self.step_of(trainer))
         self.log_cost(trainer, step=self.step_of(trainer))
 
@@ -265,7 +265,7 @@ class TopPatches(InterpCallback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Where the loop can't be watched: a pass over fixed images."""
         due = self.scheduled("on_train_epoch_end", trainer) and not self.spared
-        if self._eager_images is None or not due:
+        if self._eager_images is None or not due or not self.may_call(trainer):
             return
         self.wait_for_training(trainer)
         step = max(self.step_of(trainer) - 1, 0)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_interp.functional.attributes import Cleanup, keep_attributes, write_back
 
@@ -41,9 +42,9 @@ def _keep_modules(model: nn.Module) -> Cleanup:
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
-        if buffer is not None
+        if buffer is not None and not is_lazy(buffer)
     ]
-    parameters = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
+    parameters = [(each, each.grad, each.requires_grad) for each in model.parameters() if not is_lazy(each)]
 
     def put_back() -> None:
         for module, training in modes:
@@ -57,6 +58,15 @@ def _keep_modules(model: nn.Module) -> Cleanup:
             write_back(buffer, value)
 
     return put_back
+
+
+def shapeless(model: nn.Module) -> list[str]:
+    """Names of the lazy layers that no forward has given a shape yet; the first one does, and draws their weights."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values()))
+    ]
 
 
 def _mute(model: nn.Module) -> Cleanup:

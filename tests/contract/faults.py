@@ -100,6 +100,7 @@ FAULTS = (
     _layer("fake-quantised", f"{SAME}; no projections of patches, said once"),
     _layer("quantised in validation"),
     _layer("lazy until the sanity check"),
+    _layer("lazy until the first step", f"{SAME}; pictures from the first due moment after it, which is said once"),
     Fault(
         "shared modules and weights",
         SAME,

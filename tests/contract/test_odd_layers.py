@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from lightning_interp import DeadFilters, FilterGrid, TopPatches
+from lightning_interp import DeadFilters, FilterGrid, Interp, TopPatches
 from lightning_interp.functional import receptive_field
 from tests.callbacks.watched import Watched, check
 from tests.callbacks.watched import loader as watched_loader
@@ -22,6 +22,8 @@ pytestmark = pytest.mark.filterwarnings(
 ONCE = {"max_epochs": 1}
 NO_IMAGES = (r"expected images|Expected images \(N, C, H, W\)",)
 NO_GRID = ("goes on without grad_cam",)
+CAME_LATER = ("came later, or with another shape",)
+LATE = ("waits for the first forward of the training: net.0, net.1 have no shape", *CAME_LATER)
 
 
 def headed(*trunk, width=4, pool=nn.AdaptiveAvgPool2d):
@@ -120,7 +122,7 @@ def faked():
 
 
 class Unshaped(Net):
-    """No layer has a shape before the sanity check."""
+    """No layer has a shape before the first forward."""
 
     def __init__(self):
         super().__init__(headed(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU()))
@@ -152,6 +154,7 @@ LAYERS = {
     "shared modules and weights": (of("shared", Shared), ()),
     "fake-quantised": (of("faked", faked), ("TopPatches shows whole images, or no projections",)),
     "lazy until the sanity check": (Recipe("lazy", Unshaped, trainer=ONCE, data=LITTLE), ()),
+    "lazy until the first step": (Recipe("lazier", Unshaped, trainer=ONCE, data=LITTLE, validate=False), LATE),
     "quantised in validation": (
         Recipe("quantised twin", lambda: QuantisedTwin(plain()), trainer=ONCE, data=LITTLE),
         (),
@@ -169,6 +172,26 @@ def test_odd_layers_are_measured_and_trained_as_without_us(kind, make):
     per_layer = [tag for tag in rows if tag.startswith("interp.dead_filters/")]
     assert per_layer
     assert {f"{tag.replace('dead_filters', 'dead_fraction')}" for tag in per_layer} <= set(rows)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+@pytest.mark.parametrize("validate", [True, False])
+def test_lazy_layers_are_shown_from_the_end_of_the_first_epoch_on(validate):
+    """No callback gives them a shape before the training does, and none rests because they have none."""
+    trainer = {"max_epochs": 2, "num_sanity_val_steps": 0}
+    recipe = Recipe(f"lazy, {validate}", Unshaped, trainer=trainer, data=LITTLE, validate=validate)
+    rows = survives(recipe, lambda: [Interp("full", on_error="raise")], says=LATE)
+    shown = {
+        "interp.filter_movement/00_net.0",
+        "interp.saliency_concentration/gradient",
+        "interp/occlusion_concentration",
+        "interp.class_image_score/0",
+        "interp/knn_accuracy",
+        "interp/influence_agreement",
+    }
+    assert {tag: [step for step, _ in rows[tag]] for tag in shown} == {tag: [2, 5] for tag in shown}
+    assert [step for step, _ in rows["interp.top_patches_turnover/00_net.0"]] == [5]
+    assert [value > 0 for _, value in rows["interp.filter_movement/00_net.0"]] == [False, True]
 
 
 def test_a_module_under_two_names_keeps_its_weights_when_patches_are_drawn():
@@ -234,7 +257,6 @@ def shorter(net):
     net[1], net[3], net[8] = nn.Identity(), nn.Identity(), nn.Linear(64, 8)
 
 
-CAME_LATER = ("came later, or with another shape",)
 CUTS = {
     "more filters": (widen, CAME_LATER),
     "fewer filters": (narrow, CAME_LATER),

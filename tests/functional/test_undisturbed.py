@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_interp.functional import attributes
-from lightning_interp.functional.undisturbed import generators_kept, tensors_to, undisturbed
+from lightning_interp.functional.undisturbed import generators_kept, shapeless, tensors_to, undisturbed
 
 
 class Net(nn.Module):
@@ -258,3 +258,14 @@ def test_an_expanded_buffer_does_not_keep_the_rest_from_being_put_back():
         model(torch.randn(4, 1, 4, 4))
         assert not torch.equal(model[1].running_mean, before)
     assert torch.equal(model[1].running_mean, before)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_lazy_layers_stay_without_a_shape():
+    """Batches are read inside it before the first step."""
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Sequential(nn.LazyLinear(2)), nn.Linear(2, 2))
+    with undisturbed(model):
+        pass
+    assert shapeless(model) == ["0", "1", "2.0"]
+    model(torch.zeros(2, 1, 4, 4))
+    assert shapeless(model) == []
