@@ -17,6 +17,7 @@ from lightning_interp.callbacks._suspect_files import write_suspects
 from lightning_interp.callbacks.batches import UnreadableError
 from lightning_interp.callbacks.session import Session
 from lightning_interp.functional.embeddings import EmbeddingPlace
+from lightning_interp.functional.influence_perturbation import NoPixelGradientError
 from lightning_interp.functional.mislabeled import Suspects
 from lightning_interp.records import Text
 from lightning_interp.render.influence import influence_sheet, influence_table
@@ -87,7 +88,11 @@ class InfluenceOutput:
         if not self._drawable([*train.images.values(), *test.images.values()]):
             return
         callback.show(trainer, "influence", "images", influence_sheet(shown, top_k), step=step)
-        pairs = perturbed(self.model, place, found, train, test, callback.class_name)
+        try:
+            pairs = perturbed(self.model, place, found, train, test, callback.class_name)
+        except NoPixelGradientError as error:
+            callback.say_once(f"Influence goes on without `interp.influence/perturbation`. {error}")
+            return
         if pairs:
             sheet = perturbation_sheet(pairs, mean=callback.mean, std=callback.std)
             callback.show(trainer, "influence", "perturbation", sheet, step=step)

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from lightning_interp._options import expected
+from lightning_interp.errors import ArgumentError
 from lightning_interp.functional.influence_head import HeadInfluence
+
+
+class NoPixelGradientError(ArgumentError):
+    """No gradient reaches the pixels of the image."""
 
 
 def perturbation_direction(  # noqa: PLR0913, PLR0917 - a training image, and a test image
@@ -39,7 +44,8 @@ def perturbation_direction(  # noqa: PLR0913, PLR0917 - a training image, and a 
         has a kink, one of the two slopes.
 
     Raises:
-        ArgumentError: If an argument is wrong, or the embedding does not depend on the image.
+        ArgumentError: If an argument is wrong.
+        NoPixelGradientError: If the embedding does not depend on the image, as far as autograd knows; an ArgumentError.
 
     Cost: one forward and backward of `embed`, one solution with the Hessian.
     Source: Koh and Liang 2017, equation 5.
@@ -63,12 +69,17 @@ def perturbation_direction(  # noqa: PLR0913, PLR0917 - a training image, and a 
         weight, solved = influence.head.weight.clone(), solved.clone()
         pixels = image.detach().clone()[None].requires_grad_()
         embedding = embed(pixels)
-        if embedding.shape != (1, weight.shape[1] - 1) or not embedding.requires_grad:
-            found = f"{tuple(embedding.shape)}" + ("" if embedding.requires_grad else " without a gradient")
-            raise expected("embed", f"a function to (1, {weight.shape[1] - 1}), differentiable", found)
+        if embedding.shape != (1, weight.shape[1] - 1):
+            raise expected("embed", f"a function to (1, {weight.shape[1] - 1})", f"{tuple(embedding.shape)}")
         features = embedding[0].to(weight.device, torch.float64)
         features = torch.cat([features, features.new_ones(1)])
         given = torch.nn.functional.one_hot(torch.tensor(int(label), device=weight.device), classes)
         residual = torch.softmax(weight @ features, dim=0) - given
         phi = -(residual * (solved @ features)).sum() / len(influence)
-        return torch.autograd.grad(phi, pixels)[0][0].detach()
+        (gradient,) = torch.autograd.grad(phi, pixels, allow_unused=True) if phi.requires_grad else (None,)
+    if gradient is None:
+        raise NoPixelGradientError(
+            "Expected an embedding that is differentiable by the pixels of the image, but no gradient reaches them: "
+            "something on the way is detached, quantised, or runs under `torch.no_grad()`."
+        )
+    return gradient[0].detach()

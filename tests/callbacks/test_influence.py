@@ -265,6 +265,40 @@ def test_the_pictures_show_these_numbers_and_these_images(run, head):
     assert (run.callback.newest("interp.influence/perturbation").pixels == perturbation_sheet(pairs)).all()
 
 
+class Cut(nn.Module):
+    """A stem that no gradient goes through."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.stem = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x):
+        if self.kind == "quantised":
+            return torch.quantize_per_tensor(x, 0.1, 0, torch.qint8).dequantize()
+        with torch.no_grad():
+            return self.stem(x)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:torch.ao.quantization is")
+@pytest.mark.parametrize("kind", ["no_grad", "quantised", "backbone"])
+def test_where_no_gradient_reaches_the_pixels_only_that_picture_is_left_out(kind, tmp_path):
+    """Also where the whole network below the head runs under `torch.no_grad()`: its embedding has no gradient."""
+    model, callback = Net(), Recorded(num_train=100, every_n_epochs=1)
+    model.net = nn.Sequential(Cut(kind), *model.net)
+    if kind == "backbone":
+        body, head = model.net[:-1], model.net[-1]
+        model.forward = lambda images: head(torch.no_grad()(body)(images))
+    train, val = loaders(Digits(100))
+    with pytest.warns(InterpWarning, match="goes on without `interp.influence/perturbation`") as said:
+        fit(model, train, val, callback, max_epochs=2, default_root_dir=tmp_path)
+    assert len([each for each in said if issubclass(each.category, InterpWarning)]) == 1
+    whole = {"interp.influence/images", "interp.influence/table", "interp.suspect_labels/table"}
+    assert whole <= callback.tags()
+    assert "interp.influence/perturbation" not in callback.tags()
+    assert [step for step, _ in callback.numbers("influence_agreement")] == [6, 13]
+
+
 # ---------------------------------------------------------------------- heads that are too large
 
 
