@@ -61,6 +61,9 @@ class Rectifiers(TorchFunctionMode):
         x = args[0]
         if self.rule == "deconvnet" and x.requires_grad and torch.is_grad_enabled():
             in_place = ops.writes(func, kwargs)
+            # Activation checkpointing compares what is saved for the backward with what a forward without us saves. So
+            # it is saved here too; the result is let go.
+            func(x.clone() if in_place else x, *args[1:], **kwargs)
             return _PassPositive.apply(x, lambda tensor: func(tensor, *args[1:], **kwargs), in_place)
         result = func(*args, **kwargs)
         if result.requires_grad:

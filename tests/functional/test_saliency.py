@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lightning_interp.errors import ArgumentError, InterpWarning
 from lightning_interp.functional.gradients import NoFeatureMapsError
@@ -251,6 +252,27 @@ def test_model_without_activations_is_warned_of(method):
     with pytest.warns(InterpWarning, match=f"{method} saw no activation in Sequential"):
         found = saliency_map(model, images, targets, method=method)
     assert torch.equal(found, saliency_map(model, images, targets))
+
+
+class Repeated(nn.Module):
+    """A model whose forward is repeated in the backward."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return checkpoint(self.model, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("spelling", [*RELUS, *OTHERS])
+@pytest.mark.parametrize("method", METHODS)
+def test_activation_checkpointing_changes_no_map(method, spelling):
+    """The repetition saves what the forward has saved, though only one of them follows the rule."""
+    images, targets = samples(2)
+    model, options = spelled((RELUS | OTHERS)[spelling]), {"method": method, "draws": 4, "steps": 4}
+    expected = saliency_map(model, images, targets, **options)
+    assert relative(saliency_map(Repeated(model), images, targets, **options), expected) <= 1e-6
 
 
 @pytest.mark.parametrize("method", METHODS)
