@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,11 +30,15 @@ def index_of(trainer: Any) -> Callable[[int], int] | None:
         return None
     sampler, size = loader.sampler, len(loader.dataset)  # type: ignore[arg-type]
     if plain_class(sampler) is SequentialSampler:
-        return (lambda n: n) if trainer.world_size == 1 else None
+        return partial(_every, 1, 0, size) if trainer.world_size == 1 else None
     if isinstance(sampler, DistributedSampler) and not sampler.shuffle and size:
-        world, rank = sampler.num_replicas, sampler.rank
-        return lambda n: (n * world + rank) % size  # past the end it starts again, so that all ranks see equally many
+        return partial(_every, sampler.num_replicas, sampler.rank, size)
     return None
+
+
+def _every(world: int, rank: int, size: int, n: int) -> int:
+    """The n-th image of a rank: past the end it starts again, so that all ranks see equally many."""
+    return (n * world + rank) % size
 
 
 class Excited:

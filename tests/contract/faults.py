@@ -168,7 +168,10 @@ FAULTS = (
     Fault(
         "deepcopy and pickle of callbacks",
         "the copy measures like the original",
-        (f"{_SETTINGS}test_callbacks_can_be_pickled_and_copied_before_and_after_a_fit",),
+        (
+            f"{_SETTINGS}test_callbacks_can_be_pickled_and_copied_before_and_after_a_fit",
+            f"{_SETTINGS}test_callbacks_can_be_pickled_and_copied_during_validation",
+        ),
     ),
     Fault(
         "deepcopy and pickle of the model in mid-step",

@@ -456,6 +456,33 @@ def test_callbacks_can_be_pickled_and_copied_before_and_after_a_fit(name):
     assert [callback.state_key for callback in again] == [callback.state_key for callback in callbacks]
 
 
+class Keeping(Net):
+    """Copies its callbacks while the validation runs, as whoever keeps the whole trainer does."""
+
+    def __init__(self):
+        super().__init__()
+        self.copied = []
+
+    def _copy(self):
+        callbacks = self.trainer.callbacks
+        self.copied.append(_keys(copy.deepcopy(pickle.loads(pickle.dumps(callbacks)))) == _keys(callbacks))
+
+    def validation_step(self, batch, batch_idx):
+        self._copy()
+        super().validation_step(batch, batch_idx)
+
+    def on_validation_batch_end(self, outputs, batch, batch_idx, dataloader_idx=0):
+        self._copy()
+
+
+def test_callbacks_can_be_pickled_and_copied_during_validation():
+    """Inside a batch and between two of them."""
+    model, callbacks = Keeping(), [*often(), Interp("full", name="second", on_error="raise")]
+    trainer = quiet_trainer(callbacks=callbacks, logger=Capture(), num_sanity_val_steps=0, max_epochs=1)
+    trainer.fit(model, loader(), loader(samples=12, seed=1, shuffle=False))
+    assert model.copied == [True] * 4
+
+
 def _keys(callbacks):
     return [callback.state_key for callback in callbacks]
 
