@@ -15,6 +15,7 @@ from lightning_interp.sinks import is_tensorboard
 
 __all__ = [
     "CallbackBase", "LightningModule", "Trainer", "accumulates", "axis_step", "fits", "log_directory", "planned_steps",
+    "training_modes",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -73,3 +74,10 @@ def log_directory(trainer: Any) -> str | None:
         # As ModelCheckpoint does: these loggers' runs share a folder.
         directory = Path(logger.save_dir) / str(logger.name) / str(logger.version)
     return None if directory is None else str(directory)
+
+
+def training_modes(trainer: Any) -> dict[str, bool]:
+    """Module to its train/eval flag in training; during a validation, what Lightning will set again after it."""
+    if trainer.validating:
+        return dict(trainer.fit_loop.epoch_loop.val_loop._module_mode.mode)
+    return {name: module.training for name, module in trainer.lightning_module.named_modules()}

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_interp._options import check_choice, check_number, check_positive_int, select
 from lightning_interp.callbacks._dead_history import history_table
 from lightning_interp.callbacks._lightning import LightningModule, Trainer, accumulates
+from lightning_interp.callbacks._training_look import TrainingLook
 from lightning_interp.callbacks.base import InterpCallback, OnError
 from lightning_interp.callbacks.fallback import EagerPass, hidden_layers, named
 from lightning_interp.callbacks.schedule import ALWAYS, FALLBACK_STEPS, BatchHooks
@@ -28,8 +29,9 @@ class DeadFilters(InterpCallback):
     What a filter and its activation are for each kind of network stands in `functional/tracing.py`. The first window
     holds what the training forward sees before the first update; a filter dead in it and ever since is *born dead*.
     Later ones are a validation run, or a training epoch or `window_steps` steps, whichever is shorter. Exact over all
-    batches and ranks; no cost once all filters are proven alive. Where the non-linearity has no exact zero, *dormant*
-    units are counted too (Sokar et al. 2023).
+    batches and ranks; no cost once all filters are proven alive. What is silent in a validation is dead only if it also
+    is on a few fixed samples that are normalised by the batch, as in training: running statistics may lag behind. Where
+    the non-linearity has no exact zero, *dormant* units are counted too (Sokar et al. 2023).
 
     A compiled model can't be watched while it runs: there the fixed samples are passed through it eagerly at the end of
     each window, and the counts are exact over these. So it is with layers that never come by, since a compiled function
@@ -97,6 +99,7 @@ class DeadFilters(InterpCallback):
         self._partial = False
         self._restored: dict[str, Any] | None = None
         self._eager: EagerPass | None = None
+        self._look = TrainingLook()
         self._hidden: set[str] = set()
         self._searched = False
 
@@ -258,7 +261,10 @@ class DeadFilters(InterpCallback):
             self._look_for_hidden(trainer, pl_module, opening=opening)
             if self._eager is not None:
                 self._eager.run(self._window, observer.units)
-            return self._window.pack(self._chosen(observer.units), observer.units)
+            names = self._chosen(observer.units)
+            if self._eager is not None or (self._use_validation and not opening):  # seen in eval mode
+                self._look.run(trainer, pl_module, self._window, names, observer.units)
+            return self._window.pack(names, observer.units)
 
         packed = self.meet(trainer, evidence)
         first = first and not self._hidden  # an eager pass after the step

@@ -108,6 +108,15 @@ class Window:
         """Takes an activation from elsewhere: an eager pass."""
         self._read(end)
 
+    def feed_life(self, end: End) -> None:
+        """Takes an activation as evidence of life only; of a unit that the window has not seen, none."""
+        if end.unit in self._liveness.seen():
+            self._liveness.read(end)
+
+    def doubtful(self) -> set[str]:
+        """Units that have been seen, and not all of whose filters have fired. Waits for the device."""
+        return {name for name, alive in self._liveness.alive().items() if not bool(alive.all())}
+
     # ------------------------------------------------------------------ over ranks
 
     def pack(self, names: list[str], units: Units) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -113,6 +115,9 @@ def scores(notes, layer):
 class Reference(pl.Callback):
     """Counts each window over the book of the model; stands behind the callback that it checks.
 
+    In a validation a filter is dead if it also is in a copy of the model whose batch normalisation goes by the batch,
+    where it did so in training; what the callback itself does with the model is thrown away.
+
     Attributes:
         windows: For each window: its kind, its last step, the dead filters by brute force and by the callback, and
             the step under which the callback put them into the history.
@@ -122,6 +127,7 @@ class Reference(pl.Callback):
         self.callback, self.validation, self.window_steps = callback, validation, window_steps
         self.windows = []
         self.notes = []
+        self.validated, self.images, self.modes = [], [], {}
         self.steps = self.in_window = self.global_step = 0
 
     def _close(self, trainer, kind, notes):
@@ -139,6 +145,7 @@ class Reference(pl.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.notes += self._take(module)
+        self.modes = {name: layer.training for name, layer in module.named_modules()}
         if trainer.global_step == self.global_step:
             return
         self.global_step = trainer.global_step
@@ -153,12 +160,30 @@ class Reference(pl.Callback):
             self.notes, self.in_window = [], 0
 
     def on_validation_start(self, trainer, module):
-        module.book = []
+        module.book, self.validated, self.images = [], [], []
+
+    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
+        self.validated += self._take(module)
+        if not dataloader_idx:
+            self.images.append(batch[0])
 
     def on_validation_end(self, trainer, module):
-        notes = self._take(module)
+        module.book = []
         if self.validation and not trainer.sanity_checking:
-            self._close(trainer, "val", notes)
+            self._close(trainer, "val", self.validated + self._by_the_batch(trainer, module))
+
+    def _by_the_batch(self, trainer, module):
+        """What the model writes down of the first validation images, in batches as in training."""
+        twin, pictures = copy.deepcopy(module).eval(), torch.cat(self.images)
+        for name, layer in twin.named_modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.train(self.modes[name])
+        size = trainer.train_dataloader.batch_size
+        assert len(pictures) <= 4 * size
+        with torch.no_grad():
+            for some in pictures.tensor_split(math.ceil(len(pictures) / size)):
+                twin(some)
+        return twin.book
 
     def on_train_epoch_end(self, trainer, module):
         if not self.validation and self.in_window:
