@@ -115,8 +115,8 @@ def scores(notes, layer):
 class Reference(pl.Callback):
     """Counts each window over the book of the model; stands behind the callback that it checks.
 
-    In a validation a filter is dead if it also is in a copy of the model whose batch normalisation goes by the batch,
-    where it did so in training; what the callback itself does with the model is thrown away.
+    In a validation a filter is dead if it also is in a copy of the model whose normalisations go by the batch, where
+    they did so in training; what the callback itself does with the model is thrown away.
 
     Attributes:
         windows: For each window: its kind, its last step, the dead filters by brute force and by the callback, and
@@ -162,7 +162,7 @@ class Reference(pl.Callback):
     def on_validation_start(self, trainer, module):
         module.book, self.validated, self.images = [], [], []
 
-    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
+    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):  # noqa: PLR0917
         self.validated += self._take(module)
         if not dataloader_idx:
             self.images.append(batch[0])
@@ -176,7 +176,7 @@ class Reference(pl.Callback):
         """What the model writes down of the first validation images, in batches as in training."""
         twin, pictures = copy.deepcopy(module).eval(), torch.cat(self.images)
         for name, layer in twin.named_modules():
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            if getattr(layer, "running_mean", None) is not None:
                 layer.train(self.modes[name])
         size = trainer.train_dataloader.batch_size
         assert len(pictures) <= 4 * size
