@@ -68,7 +68,7 @@ class DeadFiltersRule(Rule):
                 value=share.now,
                 threshold=dict(zip(("info", "warning", "critical"), thresholds, strict=True))[share.severity],
                 cause=share.cause,
-                message=f"{found} of {share.layer} are dead{_since(share)}{born}.",
+                message=f"{found} of {share.layer} are dead{_since(share, self.info)}{born}.",
                 advice=_advice(history, share),
                 evidence=evidence,
                 alternatives=share.alternatives,
@@ -76,8 +76,9 @@ class DeadFiltersRule(Rule):
             )
 
 
-def _since(share: Share) -> str:
-    return f" since step {share.since} or earlier" if share.since else " from the start"
+def _since(share: Share, info: float) -> str:
+    """Of how many that is known; of a share that was there from the start, `born` says more."""
+    return f", {100 * min(info, share.now):.3g} % or more since step {share.since} or earlier" if share.since else ""
 
 
 def _advice(history: History, share: Share) -> str:

@@ -84,9 +84,18 @@ class TestBoth:
 def test_the_message_has_the_numbers_and_the_step():
     (alert,) = check(DeadFiltersRule(), shares("dead_fraction", [0.0, 0.0, 0.5, 0.5]))
     assert alert.message == (
-        "8 of 16 filters (50 %) of conv1 are dead since step 100 or earlier; 0 % since before the first update."
+        "8 of 16 filters (50 %) of conv1 are dead, 5 % or more since step 100 or earlier; 0 % since before the first "
+        "update."
     )
     assert alert.evidence == {"dead_fraction": 0.5, "since_step": 100.0, "born_dead_fraction": 0.0}
+
+
+def test_the_message_does_not_say_from_the_start_of_what_came_later():
+    """A quarter was dead in the first window, and half is now; the other quarter died in between."""
+    history = shares("dead_fraction", [0.25, 0.5, 0.5])
+    write(history, "born_dead_fraction", [0.25, 0.125, 0.125], layer="conv1", every=50)
+    (alert,) = check(DeadFiltersRule(), history)
+    assert alert.message == "8 of 16 filters (50 %) of conv1 are dead; 12 % since before the first update."
 
 
 @pytest.mark.parametrize(("since_birth", "cause"), [(0.25, "initialisation"), (0.2, None)])
