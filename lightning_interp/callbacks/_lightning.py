@@ -78,6 +78,7 @@ def log_directory(trainer: Any) -> str | None:
 
 def training_modes(trainer: Any) -> dict[str, bool]:
     """Module to its train/eval flag in training; during a validation, what Lightning will set again after it."""
-    if trainer.validating:
-        return dict(trainer.fit_loop.epoch_loop.val_loop._module_mode.mode)
+    kept = getattr(trainer.fit_loop.epoch_loop.val_loop, "_module_mode", None)  # no public name leads there
+    if trainer.validating and kept is not None:
+        return dict(kept.mode)
     return {name: module.training for name, module in trainer.lightning_module.named_modules()}
