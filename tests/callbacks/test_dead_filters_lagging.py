@@ -13,6 +13,7 @@ from lightning_interp.callbacks.dead_filters import DeadFilters
 from lightning_interp.callbacks.guard import undisturbed
 from lightning_interp.callbacks.session import Session
 from tests.callbacks.watched import Plain, Watched, check, fit, loader, scores
+from tests.diary import Diary
 
 
 class Lagging(Watched):
@@ -22,7 +23,7 @@ class Lagging(Watched):
         super().__init__(4, rate)
         self.conv, self.activation = nn.Conv2d(2, 4, 3), activation
         self.norm = norm(4, momentum=0.001, affine=True, track_running_stats=True, **options)
-        self.forwards = 0
+        self.forwards = Diary()
         with torch.no_grad():
             self.norm.running_mean.fill_(100.0)
             self.norm.bias[0] = -100.0
@@ -32,7 +33,7 @@ class Lagging(Watched):
         return self.note("conv", x, zero=self.activation is F.relu).mean((2, 3))
 
     def forward(self, x):
-        self.forwards += 1
+        self.forwards.append(len(x))
         return super().forward(x)
 
 
@@ -106,10 +107,12 @@ def test_training_goes_on_bit_for_bit():
 class Counted(Plain):
     """Filter 0 of each layer is dead, and nothing is normalised."""
 
-    forwards = 0
+    def __init__(self):
+        super().__init__()
+        self.forwards = Diary()
 
     def forward(self, x):
-        self.forwards += 1
+        self.forwards.append(len(x))
         return super().forward(x)
 
 
@@ -129,7 +132,7 @@ def test_forwards_are_added_only_where_they_can_tell_something(make, extra):
         torch.manual_seed(0)
         module = make()
         fit(module, *callbacks, val=loader(5, seed=1))
-        counts.append(module.forwards)
+        counts.append(len(module.forwards))
     assert counts[1] - counts[0] == extra
 
 

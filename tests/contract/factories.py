@@ -17,6 +17,7 @@ from lightning_interp import (
     TrainingDynamics,
     standard_callbacks,
 )
+from lightning_interp.functional.saliency import METHODS
 
 
 def often():
@@ -48,7 +49,7 @@ def full():
 def saliency():
     """All methods, as cheaply as can be."""
     return SaliencyMaps(
-        method=["gradient", "guided_backprop", "smooth_grad", "integrated_gradients", "grad_cam"],
+        method=METHODS,
         steps=3,
         curve_steps=2,
         num_samples=2,

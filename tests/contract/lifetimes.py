@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import sys
+import types
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -83,3 +85,17 @@ class Lifetimes(pl.Callback):
     def teardown(self, trainer, pl_module, stage):
         for handle in self._handles:
             handle.remove()
+
+
+def live_bytes(roots, others):
+    """Size of all that hangs on these objects and not on the others: what a checkpoint does not show counts too."""
+    seen = {id(other) for other in others}
+    size, waiting = 0, list(roots)
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen or isinstance(each, type | types.ModuleType | types.FunctionType | types.BuiltinMethodType):
+            continue
+        seen.add(id(each))
+        size += each.untyped_storage().nbytes() if isinstance(each, torch.Tensor) else sys.getsizeof(each)
+        waiting += gc.get_referents(each)
+    return size

@@ -17,6 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from tests.diary import Diary
+
 NAMESPACES = ("pytorch_lightning", "lightning.pytorch")
 SAMPLES, BATCH, CLASSES = 24, 6, 3
 
@@ -125,7 +127,7 @@ def kit(namespace):  # noqa: C901
             super().__init__()
             self.net = body() if net is None else net
             self.make_optimizer = make_optimizer
-            self.diary = []
+            self.diary = Diary()
 
         def forward(self, x):
             return self.net(x)

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tests.diary import Diary
+
 
 class Spelled(nn.Module):
     """(N, 3, H, W) -> (N, 5): two convolutions and a hidden linear layer, with any spelling of the activation."""
@@ -123,16 +125,30 @@ class Counting(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
-        self.forwards = self.backwards = self.largest = self.calls = 0
+        self.sizes, self.returned = Diary(), Diary()  # of each batch, and of each gradient
+
+    @property
+    def calls(self):
+        return len(self.sizes)
+
+    @property
+    def forwards(self):
+        return sum(self.sizes)
+
+    @property
+    def largest(self):
+        return max(self.sizes)
+
+    @property
+    def backwards(self):
+        return sum(self.returned)
 
     def forward(self, x):
-        self.calls += 1
-        self.forwards += len(x)
-        self.largest = max(self.largest, len(x))
+        self.sizes.append(len(x))
         if x.requires_grad:
             x = x.clone()
             x.register_hook(self._back)
         return self.model(x)
 
     def _back(self, gradient):
-        self.backwards += len(gradient)
+        self.returned.append(len(gradient))

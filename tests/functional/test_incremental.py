@@ -19,6 +19,7 @@ from lightning_interp.functional.occlusion import occlusion
 from lightning_interp.functional.receptive_field import receptive_field
 from lightning_interp.functional.regions import Regions
 from lightning_interp.functional.windows import Grid
+from tests.diary import Diary
 
 SIZE = (24, 20)
 
@@ -215,7 +216,7 @@ class Looks(nn.Module):
 
     def __init__(self, look):
         super().__init__()
-        self.look, self.seen = look, []
+        self.look, self.seen = look, Diary()
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
 

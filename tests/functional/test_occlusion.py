@@ -10,6 +10,7 @@ from lightning_interp.errors import ArgumentError
 from lightning_interp.functional.occlusion import occlusion, occlusion_map
 from lightning_interp.functional.spatial import FeatureMaps
 from lightning_interp.functional.windows import Grid
+from tests.diary import Diary
 from tests.functional.attribution_nets import Counting, linear_model, samples, spelled
 
 
@@ -158,7 +159,7 @@ class Viewing(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.conv, self.head = nn.Conv2d(2, 4, 3), nn.Linear(4 * 6 * 6, 3)
-        self.layouts = []
+        self.layouts = Diary()
 
     def forward(self, x):
         self.layouts.append(x.is_contiguous(memory_format=torch.channels_last))

@@ -33,7 +33,7 @@ RULES = ("guided_backprop", "deconvnet")
 
 def relative(found, expected):
     """Largest difference as a share of the largest expected value."""
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float((found - expected).detach().abs().max() / expected.detach().abs().max())
 
 
 # ---------------------------------------------------------------------- closed forms

@@ -165,8 +165,10 @@ def harmless(make_callbacks):
         seed_all(11)
         model, logger = Net(), Capture()
         options = {"logger": logger, "use_distributed_sampler": True, "accumulate_grad_batches": 2}
-        trainer(callbacks, **options).fit(model, loader(), loader(12, seed=1, shuffle=False))
-        outcomes.append((model.state_dict(), torch.get_rng_state(), model.diary, logger.of_the_user()))
+        fitted = trainer(callbacks, **options)
+        fitted.fit(model, loader(), loader(12, seed=1, shuffle=False))
+        states = [optimizer.state_dict() for optimizer in fitted.optimizers]
+        outcomes.append((model.state_dict(), states, torch.get_rng_state(), model.diary, logger.of_the_user()))
     return {"differences": differences(*outcomes)}
 
 
