@@ -383,8 +383,8 @@ class Breaks(pl.Callback):
                     file.symlink_to("/dev/full")
             elif trainer.current_epoch == self.again:
                 file.unlink()
-        if trainer.current_epoch == 1 and self.fault == "deleted":
-            shutil.rmtree(trainer.log_dir)
+        while trainer.current_epoch == 1 and self.fault == "deleted" and Path(trainer.log_dir).exists():
+            shutil.rmtree(trainer.log_dir, ignore_errors=True)  # TensorBoard's thread may write meanwhile
 
 
 def fit_on_a_broken_disk(model, callbacks, board):

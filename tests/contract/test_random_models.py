@@ -72,7 +72,7 @@ class Drawn(Watched):
         return x.mean((2, 3))
 
 
-@pytest.mark.filterwarnings("ignore:guided_backprop saw no activation")  # behind tanh and the like: true
+@pytest.mark.filterwarnings("ignore:(guided_backprop|deconvnet) saw no activation")  # behind tanh and the like: true
 @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(
     channels=st.sampled_from([1, 2, 4, 13]),
