@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_interp.rules.dormant_units import DormantUnitsRule
     from lightning_interp.rules.exploding_gradient import ExplodingGradientRule
     from lightning_interp.rules.gradient_spike import GradientSpikeRule
+    from lightning_interp.rules.lagging_evaluation import LaggingEvaluationRule
     from lightning_interp.rules.learning_rate_too_high import LearningRateTooHighRule
     from lightning_interp.rules.learning_rate_too_low import LearningRateTooLowRule
     from lightning_interp.rules.noisy_filters import NoisyFiltersRule
@@ -61,6 +62,7 @@ _HOMES = {
     "Influence": "callbacks.influence",
     "Interp": "callbacks.interp",
     "InterpWarning": "errors",
+    "LaggingEvaluationRule": "rules.lagging_evaluation",
     "LearningRateTooHighRule": "rules.learning_rate_too_high",
     "LearningRateTooLowRule": "rules.learning_rate_too_low",
     "NoisyFiltersRule": "rules.noisy_filters",
@@ -98,6 +100,7 @@ __all__ = [
     "Influence",
     "Interp",
     "InterpWarning",
+    "LaggingEvaluationRule",
     "LearningRateTooHighRule",
     "LearningRateTooLowRule",
     "NoisyFiltersRule",

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from math import ceil
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_interp.callbacks._lightning import training_modes
+from lightning_interp.callbacks._batch_statistics import by_the_batch, training_norms
 from lightning_interp.callbacks._ranks import is_sharded
 from lightning_interp.callbacks.guard import undisturbed
 from lightning_interp.callbacks.samples import first_indexable, fixed_samples
@@ -36,14 +33,14 @@ class TrainingLook:
         doubtful = window.doubtful() & set(names)
         if not doubtful or is_sharded(trainer):  # there, a forward on one rank waits for the others
             return
-        norms = _lagging(trainer, model)
+        norms = training_norms(trainer, model)
         if not norms:
             return
         for images in self._samples(trainer, model):
             layers = {layer for name in doubtful for layer in units[name].layers}
             tracer = ActivationTracer(model, window.feed_life, units=units, follow=layers)
             try:
-                with undisturbed(model), _by_the_batch(norms), tracer:
+                with undisturbed(model), by_the_batch(norms), tracer:
                     getattr(model, "interp_scores", model)(images)
             except Exception:  # its forward takes something else
                 self._batches = ()
@@ -65,30 +62,3 @@ class TrainingLook:
             except Exception:  # none can be read
                 self._batches = ()
         return self._batches
-
-
-def _lagging(trainer: Any, model: nn.Module) -> list[_NormBase]:
-    """Modules that train with statistics of the batch, and evaluate with running ones; a frozen one does not."""
-    modes = training_modes(trainer)
-    return [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, _NormBase) and module.running_mean is not None and modes.get(name, False)
-    ]
-
-
-@contextmanager
-def _by_the_batch(norms: list[_NormBase]) -> Iterator[None]:
-    """Takes the running statistics away, inside `undisturbed`, which brings them back.
-
-    Not through training mode: in that, SyncBatchNorm waits for the other ranks.
-    """
-    tracking = [(norm, norm.track_running_stats) for norm in norms]
-    try:
-        for norm in norms:
-            norm._buffers["running_mean"] = norm._buffers["running_var"] = None
-            norm.track_running_stats = False
-        yield
-    finally:
-        for norm, tracks in tracking:
-            norm.track_running_stats = tracks

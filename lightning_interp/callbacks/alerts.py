@@ -10,6 +10,7 @@ from lightning_interp._options import check_choice, check_strings
 from lightning_interp.callbacks._alert_outlets import Outlets
 from lightning_interp.callbacks._alert_text import digest, log_lines, table
 from lightning_interp.callbacks._alert_times import Timetable, falls_on, quiet
+from lightning_interp.callbacks._evaluation_look import EvaluationLook
 from lightning_interp.callbacks._family import Family
 from lightning_interp.callbacks._lightning import LightningModule, Trainer, planned_steps
 from lightning_interp.callbacks._measuring import bring_missing, callbacks_of
@@ -96,6 +97,7 @@ class Alerts(Family):
         self._numbers_seen: History | None = None
         self._outlets: Outlets | None = None
         self._times = Timetable()
+        self._evaluation = EvaluationLook()
         self._written_step = -1
         self._seen: object = None
         self._failed_rules: set[str] = set()
@@ -154,6 +156,13 @@ class Alerts(Family):
         """Those after which it looks."""
         return BatchHooks(self._batch_hooks) if falls_on(step) else BatchHooks((), more=quiet(step))
 
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Looks, if the last validation loss was high, at the model as it is validated: averaged weights are in it."""
+        if batch_idx == dataloader_idx == 0 and trainer.is_global_zero:
+            self._evaluation.during(trainer, pl_module, self.notebook(trainer))
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the numbers where the callbacks that monitor look for them."""
         self.publish(trainer, self._numbers())
@@ -161,7 +170,10 @@ class Alerts(Family):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps what the user logged of the validation, and looks."""
         # On all ranks: a metric that Lightning still has to reduce would wait for the others.
-        keep_validation(self.notebook(trainer), trainer, step=self.step_of(trainer))
+        step, notebook = self.step_of(trainer), self.notebook(trainer)
+        keep_validation(notebook, trainer, step=step)
+        if trainer.is_global_zero:
+            self._evaluation.after(trainer, pl_module, notebook, step=step)
         self._look("on_validation_end", trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -10,6 +10,7 @@ from lightning_interp.rules.dormant_units import DormantUnitsRule
 from lightning_interp.rules.exploding_gradient import ExplodingGradientRule
 from lightning_interp.rules.gradient_spike import GradientSpikeRule
 from lightning_interp.rules.history import History, Point, Series
+from lightning_interp.rules.lagging_evaluation import LaggingEvaluationRule
 from lightning_interp.rules.learning_rate_too_high import LearningRateTooHighRule
 from lightning_interp.rules.learning_rate_too_low import LearningRateTooLowRule
 from lightning_interp.rules.noisy_filters import NoisyFiltersRule
@@ -32,6 +33,7 @@ __all__ = [
     "ExplodingGradientRule",
     "GradientSpikeRule",
     "History",
+    "LaggingEvaluationRule",
     "LearningRateTooHighRule",
     "LearningRateTooLowRule",
     "NoisyFiltersRule",
@@ -70,6 +72,7 @@ def default_rules() -> list[Rule]:
         UntrainedLayerRule(),
         NoisyFiltersRule(),
         UnlearnedClassRule(),
+        LaggingEvaluationRule(),
         OverfittingRule(),
         SuspectLabelsRule(),
         UndertrainedRule(),

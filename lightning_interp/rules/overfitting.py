@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,18 +20,16 @@ from lightning_interp.rules._evidence import (
     reference_loss,
     severity_of,
 )
+from lightning_interp.rules._validation import ACCURACY, LOSS, find_metric
 from lightning_interp.rules.alert import Alert, Severity
 from lightning_interp.rules.history import History, Point
+from lightning_interp.rules.lagging_evaluation import explains_validation
 from lightning_interp.rules.learning_rate_too_high import explains_loss
 from lightning_interp.rules.rule import Key, Rule
 from lightning_interp.rules.suspect_labels import SuspectLabelsRule
 
 SOURCE = "Prechelt 1998 (early stopping: generalisation loss while training goes on); thresholds measured"
 _SUDDEN = 0.75  # part of a rise that, in one piece, makes it a jump
-_VALIDATION = {"val", "valid", "validation", "dev", "eval"}
-_LOSS = {"loss", "nll", "ce", "bce", "mse", "xent", "crossentropy"}
-_ACCURACY = {"acc", "accuracy"}
-_PER_STEP = {"step"}
 
 
 class _Seen(NamedTuple):
@@ -74,8 +71,8 @@ class OverfittingRule(Rule):
 
     A training loss above the validation loss (dropout, augmentation) is never told off, nor is a rise of which three
     quarters came at once, or of which half is gone again: a batch that disturbed the normalisation does both. Not said
-    if the loss is NaN, a too-high rate explains it, or the validation set has less than `min_samples`, where its size
-    is known. If `suspect_labels` finds wrong labels, these are the cause.
+    if the loss is NaN, a too-high rate or `lagging_evaluation` explains it, or the validation set has less than
+    `min_samples`, where its size is known. If `suspect_labels` finds wrong labels, these are the cause.
 
     The metric is found by its name (`val_loss`, `valid/loss`, `loss/val`, `validation-nll`, ...; of several the
     shortest). Without a logged validation loss the rule is silent, since the model is not run again for it.
@@ -105,7 +102,7 @@ class OverfittingRule(Rule):
     name: ClassVar[str] = "overfitting"
     needs: ClassVar[tuple[str, ...]] = (
         "validation_metric", "validation_samples", "loss", "num_classes", "loss_before", "loss_after", "step_ratio",
-        "learning_rate", "dead_fraction",
+        "learning_rate", "dead_fraction", "statistics_lag", "weights_lag",
     )  # fmt: skip
 
     metric: str | None = None
@@ -134,10 +131,10 @@ class OverfittingRule(Rule):
 
     def check(self, history: History, active: Collection[Key]) -> Iterable[Alert]:
         """One alert for the run, or none."""
-        metric = self.metric or find_metric(history, _LOSS)
+        metric = self.metric or find_metric(history, LOSS)
         if metric is None or broken_since(history) is not None or explains_loss(history):
             return
-        if history.fact("validation_samples", math.inf) < self.min_samples:
+        if history.fact("validation_samples", math.inf) < self.min_samples or explains_validation(history, metric):
             return
         held = severity_of(active, (self.name, None))
         seen = self._look(history, metric, RELAXED if held is not None else 1.0)
@@ -234,24 +231,6 @@ def _evidence(seen: _Seen) -> dict[str, float]:
     }
 
 
-def find_metric(history: History, kind: Collection[str]) -> str | None:
-    """The shortest name of a logged metric that has a word for validation and one of `kind`; None without any.
-
-    Example:
-        >>> history = History()
-        >>> for name in ("train/loss", "val/loss_box", "val/loss", "valAcc"):
-        ...     history.record("validation_metric", 1.0, step=0, layer=name)
-        >>> find_metric(history, {"loss"}), find_metric(history, {"acc"})
-        ('val/loss', 'valAcc')
-    """
-    names = []
-    for name in history.layers("validation_metric"):
-        words = set(re.findall("[a-z]+", re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()))
-        if words & _VALIDATION and words & set(kind) and not words & _PER_STEP:
-            names.append(name)
-    return min(names, key=lambda name: (len(name), name), default=None)
-
-
 def _best(points: Sequence[Point]) -> Point:
     """The lowest median of three in a row: the lowest value alone may be luck."""
     threes = [sorted(points[i : i + 3], key=lambda point: point.value)[1] for i in range(len(points) - 2)]
@@ -280,7 +259,7 @@ def _loss_at(history: History, step: int) -> float | None:
 
 def _accuracy_gain(history: History, step: int, checks: int) -> float | None:
     """Median of the newest validation accuracies minus that of the three up to a step."""
-    metric = find_metric(history, _ACCURACY)
+    metric = find_metric(history, ACCURACY)
     points = [] if metric is None else history.finite("validation_metric", metric)
     before = [point.value for point in points if point.step <= step][-3:]
     return statistics.median(p.value for p in points[-checks:]) - statistics.median(before) if before else None

@@ -402,7 +402,8 @@ class TestBringing:
         # Class images are dear, and so is reading images anew: these rules are silent where `ClassImages` and
         # `Influence` are not asked for.
         labels = {"suspect_label_share", "label_recognition", "label_anchors", "train_samples"}
-        own = {"planned_steps", "validation_metric", "validation_samples"}  # which `Alerts` records itself
+        # What `Alerts` records itself.
+        own = {"planned_steps", "validation_metric", "validation_samples", "statistics_lag", "weights_lag"}
         assert needs - measured - own == {"class_image_augmented", *labels}
 
 

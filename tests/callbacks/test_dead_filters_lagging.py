@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_interp.callbacks._training_look import _by_the_batch
+from lightning_interp.callbacks._batch_statistics import by_the_batch
 from lightning_interp.callbacks.dead_filters import DeadFilters
 from lightning_interp.callbacks.guard import undisturbed
 from lightning_interp.callbacks.session import Session
@@ -173,7 +173,7 @@ def test_synchronised_normalisation_waits_for_no_other_rank():
     """It would in training mode only."""
     norm, x = nn.SyncBatchNorm(4), torch.rand(3, 4, 5, 5)
     before = {name: value.clone() for name, value in norm.state_dict().items()}
-    with undisturbed(norm), _by_the_batch([norm]):
+    with undisturbed(norm), by_the_batch([norm]):
         assert not norm.training
         assert torch.equal(norm(x), F.batch_norm(x, None, None, norm.weight, norm.bias, training=True))
     assert norm.training

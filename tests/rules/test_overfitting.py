@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lightning_interp.errors import ArgumentError
 from lightning_interp.rules import AlertBook, History, OverfittingRule
-from lightning_interp.rules.overfitting import find_metric
+from lightning_interp.rules._validation import find_metric
 from tests.rules.writing import check, falling, healthy, run_of, write
 
 KEY = ("overfitting", None)
