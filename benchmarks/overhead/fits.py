@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,8 +145,6 @@ def measure(case: Case, epochs: int, steps: int) -> FitCost:
     data = TensorDataset(images, torch.randint(0, case.classes, (count,), generator=generator))
     stopwatch, idle = Stopwatch(), Stopwatch()
     interp, log, empty_log = Interp(), _StepLog(stopwatch), _StepLog(idle)
-    for name in HOOKS:
-        setattr(interp, name, stopwatch.wrap(getattr(interp, name)))
 
     fewer = math.gcd(epochs, _FEWER)
 
@@ -165,7 +164,7 @@ def measure(case: Case, epochs: int, steps: int) -> FitCost:
 
     # What the callbacks report is wall time; here their clock is that of all the rest.
     own_clock = patch.object(InterpCallback, "clock", staticmethod(time.process_time))
-    with tempfile.TemporaryDirectory() as scratch, listening(stopwatch), own_clock:
+    with tempfile.TemporaryDirectory() as scratch, listening(stopwatch), _timed(stopwatch), own_clock:
         folders = Path(scratch) / "plain", Path(scratch) / "watched"
 
         def plain(turn: PassOn) -> None:
@@ -180,6 +179,15 @@ def measure(case: Case, epochs: int, steps: int) -> FitCost:
     before = turns.before[0] or 0.0  # the start is not repeated
     scaled = before + fewer * (turns.seconds[0] - before)
     return FitCost(scaled, turns.seconds[1], sum(log.direct), between, empty_log.direct[1:], len(log.direct) - 1, costs)
+
+
+@contextmanager
+def _timed(stopwatch: Stopwatch) -> Iterator[None]:
+    """Counts the hooks of `Interp`, and what stands in for one of them while nothing is due."""
+    with ExitStack() as stack:
+        for name in (*HOOKS, "_while_dozing"):
+            stack.enter_context(patch.object(Interp, name, stopwatch.wrap(getattr(Interp, name))))
+        yield
 
 
 def reported(folder: Path, interp: Interp) -> dict[str, float]:

@@ -6,12 +6,13 @@ import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
-from lightning_interp.callbacks._guarding import CLEANING, HOOKS, IN_BATCH
+from lightning_interp.callbacks._guarding import CLEANING, HOOKS, IN_BATCH, stop
 from lightning_interp.callbacks._lightning import CallbackBase, LightningModule, Trainer, accumulates, axis_step, fits
-from lightning_interp.callbacks.base import InterpCallback, OnError
+from lightning_interp.callbacks.base import InterpCallback, Note, OnError
 from lightning_interp.callbacks.schedule import ALWAYS, BatchHooks
 
 _NONE = range(0)
+_END = "on_train_batch_end"
 # The family goes first: it makes its children in `setup`, and puts the restored history in place before they write.
 _OWN_FIRST = frozenset({"setup", "on_fit_start"})
 
@@ -29,6 +30,7 @@ def _forwarding(hook: Callable[..., Any]) -> Callable[..., Any]:
         asked: Sequence[InterpCallback] | None = None
         if not in_batch:
             self._same = _NONE
+            self._wake()
         else:
             if name == "on_train_batch_start":
                 self._ask(args[0], args[3] if len(args) > 3 else kwargs["batch_idx"])
@@ -86,6 +88,8 @@ class Family(InterpCallback):
         self._same = _NONE  # batches for which the answers hold too,
         self._same_step = 0  # up to this step: where the user takes the batches from the loader, their count may stand
         self._due: Collection[str] = ()  # hooks of this batch in which the family itself has something to do
+        self._notes: list[tuple[InterpCallback, Note]] = []  # what is done while it dozes,
+        self._left = self._last = 0  # for so many batches more, and up to this one
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets the last batch of the last run."""
@@ -119,7 +123,53 @@ class Family(InterpCallback):
         answer = self.batch_hooks(trainer, batch_idx, step, stepping=not accumulates(trainer))
         more = answer.more if trainer.accumulate_grad_batches == 1 else 0
         self._same, self._same_step = range(batch_idx + 1, batch_idx + 1 + more), step + more
+        if more:
+            self._doze(trainer, batch_idx, step, more)
         self.seconds += self.clock() - started
+
+    def _doze(self, trainer: Any, batch_idx: int, step: int, more: int) -> None:
+        """Puts the hooks of a batch out of Lightning's sight for as long as nothing is due but to note results.
+
+        Lightning calls what stands under the name of a hook if it is callable. Each call costs some 3 us in a step that
+        has emptied the processor's caches, and what our wrappers do in it as much again.
+        """
+        asked = self._asked or {}
+        noting = asked.get(_END, ())
+        if self._due or asked.keys() - {_END}:
+            return
+        # Whoever has put a hook of his own in the place of one of ours wants it to be called, and so does a callback
+        # that holds this one.
+        if IN_BATCH & vars(self).keys() or not any(callback is self for callback in trainer.callbacks):
+            return
+        notes = [(child, child.notes_from(step)) for child in noting]
+        self._notes = [(child, note) for child, note in notes if note is not None]
+        if len(self._notes) == len(notes):
+            self._last, self._left = batch_idx + more, more
+            vars(self).update(dict.fromkeys(IN_BATCH))
+            vars(self)[_END] = self._while_dozing
+
+    def _while_dozing(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stands in for `on_train_batch_end`; awakes before a batch that may be another than this one.
+
+        Not on the clock: looking at it would take as long as all else here.
+        """
+        for child, note in self._notes:
+            if not child.resting:
+                try:
+                    note(outputs)
+                except Exception as error:
+                    stop(child, trainer, error, _END)
+        expected = self._last - self._left
+        self._left -= 1
+        if self._left < 0 or batch_idx != expected:  # where the user takes the batches, their count stands or leaps
+            self._wake()
+
+    def _wake(self) -> None:
+        if vars(self).get(_END) == self._while_dozing:
+            for name in IN_BATCH:
+                del vars(self)[name]
 
     def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> BatchHooks:
         """Those of the family itself, and those that a child needs; which child needs which is kept."""

@@ -85,7 +85,7 @@ def guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
             self._flush_quietly(trainer)
             raise
         except Exception as error:
-            _stop(self, trainer, error, name)
+            stop(self, trainer, error, name)
         finally:
             self._depth -= 1
             self.seconds += self.clock() - self._since
@@ -94,7 +94,8 @@ def guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _stop(callback: InterpCallback, trainer: Trainer, error: Exception, hook: str) -> None:
+def stop(callback: InterpCallback, trainer: Trainer, error: Exception, hook: str) -> None:
+    """Lets a callback rest whose hook has failed, and says so once."""
     if isinstance(error, UnreadableError):
         callback._give_up(trainer, error)
     else:

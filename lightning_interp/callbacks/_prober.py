@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_interp.callbacks._backlog import Backlog
@@ -144,16 +142,6 @@ class Prober:
         probe, self._same_batch, self._updates = self._same_batch, None, None
         if probe is not None:
             probe.detach()
-
-
-def single_loss(outputs: Any) -> Tensor | None:
-    """The loss in what Lightning hands back of a training step, as a 0-d tensor; None if it is not one number."""
-    value = outputs.get("loss") if isinstance(outputs, (dict, Mapping)) else outputs
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or not value.is_floating_point():
-            return None
-        return value.detach() if value.ndim == 0 else value.detach().reshape(())
-    return torch.tensor(float(value)) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _gradient_scale(trainer: Any, optimizer: Any) -> float:

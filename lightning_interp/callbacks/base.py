@@ -29,6 +29,7 @@ from lightning_interp.errors import InterpWarning
 from lightning_interp.records import Scalar
 
 OnError = Literal["warn", "raise"]
+Note = Callable[[Any], None]
 
 
 def _all_batch_hooks(callback: InterpCallback, *args: Any, **kwargs: Any) -> BatchHooks:
@@ -280,6 +281,19 @@ class InterpCallback(Output):
             stepping: Whether the batch ends with an optimizer step.
         """
         return BatchHooks(self._batch_hooks, more=ALWAYS)
+
+    def notes_from(self, step: int) -> Note | None:
+        """What may stand in for `on_train_batch_end`, for as long as the last answer of `batch_hooks` holds.
+
+        It is called without the guard, and on no clock: it must be quick.
+
+        Args:
+            step: Of the first batch, on the axis of `self.log`; those after it are a step each.
+
+        Returns:
+            A method that takes the `outputs` of a batch; None if only the hook itself will do.
+        """
+        return None
 
     def scheduled_hooks(self, trainer: Trainer, step: int, *, stepping: bool) -> BatchHooks:
         """All hooks of a batch that the schedule makes due, and none of the others."""

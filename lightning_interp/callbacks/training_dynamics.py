@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lightning_interp._options import check_at_least
-from lightning_interp.callbacks._backlog import Backlog, Item
+from lightning_interp.callbacks._backlog import Backlog, Item, single_loss
 from lightning_interp.callbacks._lightning import LightningModule, Trainer, accumulates, planned_steps
-from lightning_interp.callbacks._prober import Prober, single_loss
+from lightning_interp.callbacks._prober import Prober
 from lightning_interp.callbacks._ranks import is_sharded
 from lightning_interp.callbacks._readings import Movement, agree, movement, same_batch
 from lightning_interp.callbacks._updates import parameter_layers
-from lightning_interp.callbacks.base import InterpCallback, OnError
+from lightning_interp.callbacks.base import InterpCallback, Note, OnError
 from lightning_interp.callbacks.schedule import BatchHooks, thinning_due
 
 log = logging.getLogger(__name__)
@@ -166,9 +166,13 @@ class TrainingDynamics(InterpCallback):
         """Those of a batch that is probed; of all others the loss, at their end."""
         if self._prober.busy or self._probes(trainer, step):
             return BatchHooks(self._batch_hooks)
-        following = range(step + 1, step + 1 + _LOOK_AHEAD)
-        quiet = next((i for i, later in enumerate(following) if self._probes(trainer, later)), _LOOK_AHEAD)
-        return BatchHooks(_OF_EACH_BATCH, more=quiet)
+        following = range(step + 1, step + 1 + min(_LOOK_AHEAD, self._until_fetch(step) - 1))
+        quiet = next((i for i, later in enumerate(following) if self._probes(trainer, later)), len(following))
+        return BatchHooks(_OF_EACH_BATCH, more=0 if self._backlog.sent else quiet)
+
+    def notes_from(self, step: int) -> Note | None:
+        """The loss; the step that fetches is no quiet one."""
+        return self._backlog.notes_from(step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Arms the probes on batches that are due and end in an optimizer step."""
@@ -212,9 +216,8 @@ class TrainingDynamics(InterpCallback):
 
         `Alerts` looks one step after the fetches, and later in the same hook: it knows as much there as elsewhere.
         """
-        every = _FETCH_EARLY if step < max(_EARLY_STEPS, self.dense_steps) else _FETCH_LATE
         many = len(self._backlog) >= _MOST_WAITING
-        if step - self._fetched_at >= every or many:
+        if self._until_fetch(step) <= 0 or many:
             self._fetched_at = step
             if not many and _reads_later(trainer):
                 self._backlog.send()
@@ -224,6 +227,11 @@ class TrainingDynamics(InterpCallback):
         elif self._backlog.sent and step > self._fetched_at:
             self._report(trainer, sent=True)
             self.log_cost(trainer, step=step)
+
+    def _until_fetch(self, step: int) -> int:
+        """Steps from this one to the next that fetches."""
+        every = _FETCH_EARLY if step < _EARLY_STEPS or step < self.dense_steps else _FETCH_LATE
+        return self._fetched_at + every - step
 
     def _report(self, trainer: Trainer, *, sent: bool = False) -> None:
         """Fetches what waits on the device, and hands it to the history and to the loggers, each at its own step.

@@ -20,6 +20,7 @@ class TrainerStub:
 
     state = TrainerState(fn=TrainerFn.FITTING)
     accumulate_grad_batches = 1
+    callbacks = ()
     fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=7))
     sanity_checking = False
     is_global_zero = True
@@ -156,6 +157,31 @@ def test_an_answer_does_not_hold_longer_for_a_count_of_batches_that_stands():
         trainer.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=step))
         parent.on_train_batch_start(trainer, "module", "batch", index)
     assert [call[:2] for call in child.calls] == [(0, 7), (2, 11)]
+
+
+@pytest.mark.parametrize(
+    ("indices", "asked", "awake"),
+    [
+        ([0, 1, 2, 3, 4, 5, 6, 7], [0, 4], [0, 4]),
+        ([0, 0, 1, 1, 2, 2, 3, 3], [0, 2], [0, 2, 3, 4, 6, 7]),  # the count stands, but the steps go on
+        ([0, 2, 4, 6, 8, 10], [0, 4, 8], [0, 2, 4]),  # the user takes two batches a step
+    ],
+)
+def test_while_it_dozes_lightning_finds_no_hook_until_the_answer_holds_no_longer(indices, asked, awake):
+    """A Trainer that, like Lightning's, calls what is callable; the child's answer holds for three batches more."""
+    child, trainer = Picky(), TrainerStub()
+    child.more = 3
+    parent = family(child)
+    trainer.callbacks = (parent,)
+    found = []  # the steps in whose beginning a hook is found
+    for step, index in enumerate(indices):
+        trainer.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=step))
+        found += [step] if callable(parent.on_train_batch_start) else []
+        for hook, *args in (("on_train_batch_start", "batch", index), ("on_train_batch_end", None, "batch", index)):
+            if callable(getattr(parent, hook)):
+                getattr(parent, hook)(trainer, "module", *args)
+    assert [call[0] for call in child.calls] == asked
+    assert found == awake
 
 
 def test_a_child_that_answers_in_another_form_gets_all():

@@ -85,22 +85,35 @@ def _answers(family):
     return asked, own, [_answers(child) for child in family.children if isinstance(child, Family)]
 
 
+def _check(family, trainer, batch_idx):
+    before, same = _answers(family), family._same
+    family.batch_hooks(trainer, batch_idx, axis_step(trainer), stepping=not accumulates(trainer))
+    assert _answers(family) == before, (batch_idx, axis_step(trainer))
+    family._same = same
+
+
 @pytest.fixture
 def kept(monkeypatch):
-    """Asks again at each batch; counts how often an answer was taken from before."""
-    original, counts = Family._ask, {"kept": 0, "batches": 0}
+    """Asks again at each batch; counts how often an answer was taken from before, and in how many it dozed."""
+    ask, doze, counts = Family._ask, Family._while_dozing, {"kept": 0, "batches": 0, "dozed": 0}
 
-    def checked(family, trainer, batch_idx):
+    def asking(family, trainer, batch_idx):
         was_kept = batch_idx in family._same
-        original(family, trainer, batch_idx)
-        before, same = _answers(family), family._same
-        family.batch_hooks(trainer, batch_idx, axis_step(trainer), stepping=not accumulates(trainer))
-        assert _answers(family) == before, (batch_idx, axis_step(trainer))
-        family._same = same
+        ask(family, trainer, batch_idx)
+        _check(family, trainer, batch_idx)
         counts["batches"] += 1
         counts["kept"] += was_kept
 
-    monkeypatch.setattr(_family.Family, "_ask", checked)
+    def dozing(family, trainer, pl_module, outputs, batch, batch_idx):  # noqa: PLR0917 - Lightning's signature
+        first = batch_idx not in family._same  # the one in whose beginning it was asked
+        _check(family, trainer, batch_idx)
+        doze(family, trainer, pl_module, outputs, batch, batch_idx)
+        counts["batches"] += not first
+        counts["kept"] += not first
+        counts["dozed"] += 1
+
+    monkeypatch.setattr(_family.Family, "_ask", asking)
+    monkeypatch.setattr(_family.Family, "_while_dozing", dozing)
     return counts
 
 
@@ -111,22 +124,22 @@ def _loader(stream=False):
 
 
 @pytest.mark.parametrize(
-    ("make", "options", "least"),
+    ("make", "options", "least", "dozed"),
     [
-        (lambda: Interp("light", on_error="raise"), {}, 0.6),
-        (lambda: Interp(on_error="raise"), {}, 0.6),
-        (lambda: Interp("full", on_error="raise"), {}, 0.6),
-        (Every, {}, 0.0),
-        (lambda: Interp(on_error="raise"), {"val_check_interval": 40}, 0.6),
-        (lambda: Interp(on_error="raise"), {"accumulate_grad_batches": 3}, 0.0),
-        (lambda: Interp(on_error="raise", budget=0.02), {}, 0.6),
-        (lambda: Interp(on_error="raise"), {"stream": True}, 0.3),
-        (lambda: Interp(on_error="raise"), {"manual": True}, 0.3),
+        (lambda: Interp("light", on_error="raise"), {}, 0.6, 0.6),
+        (lambda: Interp(on_error="raise"), {}, 0.6, 0.6),
+        (lambda: Interp("full", on_error="raise"), {}, 0.6, 0.0),
+        (Every, {}, 0.0, 0.0),
+        (lambda: Interp(on_error="raise"), {"val_check_interval": 40}, 0.6, 0.6),
+        (lambda: Interp(on_error="raise"), {"accumulate_grad_batches": 3}, 0.0, 0.0),
+        (lambda: Interp(on_error="raise", budget=0.02), {}, 0.6, 0.6),
+        (lambda: Interp(on_error="raise"), {"stream": True}, 0.3, 0.2),
+        (lambda: Interp(on_error="raise"), {"manual": True}, 0.3, 0.3),
     ],
     ids=["light", "standard", "full", "steps", "validation", "accumulation", "budget", "stream", "manual"],
 )
-def test_kept_answers_are_those_of_asking_again(kept, make, options, least):
-    """At each batch of two epochs; and most of them are kept where little is due."""
+def test_kept_answers_are_those_of_asking_again(kept, make, options, least, dozed):
+    """At each batch of two epochs; and most of them are kept, and dozed away, where little is due."""
     options = dict(options)
     stream, manual = options.pop("stream", False), options.pop("manual", False)
     torch.manual_seed(0)
@@ -134,3 +147,5 @@ def test_kept_answers_are_those_of_asking_again(kept, make, options, least):
     trainer.fit(Net(manual), _loader(stream), DataLoader(_loader().dataset, batch_size=64))
     assert kept["batches"] >= 2 * COUNT
     assert kept["kept"] >= least * kept["batches"]
+    assert kept["dozed"] >= dozed * kept["batches"]
+    assert bool(kept["dozed"]) is bool(dozed)
