@@ -14,11 +14,12 @@ from lightning_interp.callbacks._rows import Rows
 from lightning_interp.callbacks.base import InterpCallback
 from lightning_interp.callbacks.batches import NoScoresError, UnreadableError
 from lightning_interp.callbacks.samples import FixedSamples
-from lightning_interp.callbacks.scores import ScoreModel, read_targets
+from lightning_interp.callbacks.scores import ScoreModel, read_regression, read_targets
 from lightning_interp.functional.embeddings import EmbeddingPlace, NoEmbeddingError, embedding_tap, find_embedding
 
 _THUMBNAIL = 48  # pixels of the longer side, at most
 _IMAGE_AXES = 4
+_NUMBERS = -2  # in the place of a label: these points are those of a regression
 
 
 class Embedded(NamedTuple):
@@ -26,8 +27,8 @@ class Embedded(NamedTuple):
 
     Attributes:
         rows: (n, D) float32, the embeddings.
-        labels: (n,) int64; -1 where there is none.
-        predicted: (n,) int64, the class with the highest score; -1 where the model gives no scores.
+        labels: (n,) int64; -1 where there is none, as in a regression.
+        predicted: (n,) int64, the class with the highest score; -1 where the model gives no scores for classes.
         losses: (n,) float32, cross-entropy of the label in nats; NaN where scores or label are missing.
         thumbnails: (n, C, h, w) float32 of at most 48 pixels a side, as the model receives them; None if not asked for
             or not images.
@@ -101,9 +102,17 @@ def embed_points(  # noqa: PLR0913 - what it takes to run a model
         return packed[0].spread_over(len(points), rows, mine=rank < len(points))
 
     if callback is None or world == 1:
-        return _embed_rows(trainer, model, points, place, rows, thumbnails=thumbnails)
+        return _settled(_embed_rows(trainer, model, points, place, rows, thumbnails=thumbnails))
     values = callback.meet(trainer, prepare, last=last)
-    return packed[0].unpack(_ranks.total(trainer, values), len(points))
+    return _settled(packed[0].unpack(_ranks.total(trainer, values), len(points)))
+
+
+def _settled(found: Embedded) -> Embedded:
+    """Without classes if any part of the points tells that there are none: a small part of a regression may hide it."""
+    if not bool((found.labels == _NUMBERS).any()):
+        return found
+    none = torch.full_like(found.labels, -1)
+    return found._replace(labels=none, predicted=none, losses=torch.full_like(found.losses, torch.nan))
 
 
 def _embed_rows(  # noqa: PLR0913
@@ -140,8 +149,10 @@ def _described(samples: FixedSamples, features: Tensor, scores: Tensor | None, *
 
 
 def _labels(labels: Tensor, scores: Tensor | None) -> Tensor:
-    """One class an image, -1 where there is none."""
+    """One class an image, -1 where there is none; `_NUMBERS` of a regression."""
     if scores is not None:
+        if read_regression(scores, labels) is not None:
+            return torch.full((len(labels),), _NUMBERS)
         targets = read_targets(labels, scores)
         if targets is not None:
             return targets

@@ -11,13 +11,9 @@ from lightning_interp.callbacks._embedded import Embedded
 from lightning_interp.callbacks._influential import usable
 from lightning_interp.callbacks._sample_losses import SampleLosses
 from lightning_interp.callbacks._sample_order import SampleOrder
-from lightning_interp.callbacks.batches import UnreadableError
+from lightning_interp.callbacks.scores import about_classes
 from lightning_interp.functional.mislabeled import LabelVotes, Suspects, label_votes, rank_suspects, suspicion
 from lightning_interp.functional.wrong_labels import WrongLabels, wrong_label_share
-
-
-class NoClassesError(UnreadableError):
-    """The labels are not one class an image; the message says what to do."""
 
 
 class LabelWatch:
@@ -139,9 +135,10 @@ def no_classes(labels: Tensor | None) -> str | None:
     rows = labels.reshape(len(labels), -1).double()
     several = rows.shape[1] > 1
     if several and (labels.ndim > 2 or bool(((rows.sum(dim=1) - 1).abs() > 1e-3).any())):
+        kind = "several labels an image" if about_classes(rows) else "a regression, it seems"
         return (
             "Influence needs one class an image, but got labels of shape "
-            f"{tuple(labels.shape)} that are no probabilities: several labels an image. {way_out}"
+            f"{tuple(labels.shape)} that are no probabilities: {kind}. {way_out}"
         )
     if not several and bool((rows != rows.round()).any()):
         return f"Influence needs classes, but got labels like {float(rows[rows != rows.round()][0]):.4g}. {way_out}"

@@ -28,6 +28,10 @@ class NoScoresError(UnreadableError):
     """A model gives no scores for images; the message says what to do."""
 
 
+class NoClassesError(UnreadableError):
+    """The labels are not one class an image; the message says what to do."""
+
+
 def call_with_images(model: nn.Module, images: Tensor) -> Any:
     """What the model returns for images.
 

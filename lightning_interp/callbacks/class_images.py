@@ -12,7 +12,8 @@ from lightning_interp._options import check_at_least, check_choice, check_positi
 from lightning_interp.callbacks._lightning import LightningModule, Trainer
 from lightning_interp.callbacks._sampled import SampledCallback
 from lightning_interp.callbacks.base import OnError
-from lightning_interp.callbacks.scores import ScoreModel
+from lightning_interp.callbacks.batches import NoClassesError
+from lightning_interp.callbacks.scores import ScoreModel, read_regression
 from lightning_interp.errors import ArgumentError
 from lightning_interp.functional.class_images import METHODS, ClassEvidence, Method, class_evidence, maximize_class
 from lightning_interp.render.color import Pixels, denormalise
@@ -41,6 +42,7 @@ class ClassImages(SampledCallback):
 
     The samples, 64 by default, only tell what images look like here (spectrum, colours, range): what the images show
     comes out of the network. Probabilities are those of a softmax, for multi-label tasks too.
+    Of a regression (targets that are real numbers, as many as outputs) nothing is shown, which is said once.
     The rule `unlearned_class` reads the augmented probability.
 
     Cost: each time `steps` forwards and backwards of one image a class, and 17 forwards to judge them. Everything is
@@ -122,11 +124,24 @@ class ClassImages(SampledCallback):
         if images.ndim != _IMAGE_AXES or not images.is_floating_point():
             raise TypeError(f"Expected images (N, C, H, W) of floating point, but got {images.dtype} {images.shape}")
         model = ScoreModel(pl_module)
+        self._refuse_regression(model)
         chosen = self._chosen(model)
         found = maximize_class(model, chosen, data=images, steps=self.steps, method=self.method, seed=self.seed)
         evidence = class_evidence(model, found, chosen, seed=self.seed + 1)
         self._log_numbers(trainer, chosen, evidence, step=step)
         self._show(trainer, chosen, found, evidence, step=step)
+
+    def _refuse_regression(self, model: ScoreModel) -> None:
+        """An output without bounds is no class that an image could be taken for, and has no probability."""
+        with torch.no_grad():
+            numbers = read_regression(model(self.images), self.labels)
+        if numbers is not None:
+            raise NoClassesError(
+                "it needs classes, but the targets are real numbers, as many an image as outputs "
+                f"({numbers.targets.shape[1]}): a regression, it seems. If there are classes, give the LightningModule "
+                "methods `interp_batch(batch)` that returns (images, labels), and `interp_scores(images)` that returns "
+                "(N, classes)."
+            )
 
     def _chosen(self, model: ScoreModel) -> list[int]:
         with torch.no_grad():

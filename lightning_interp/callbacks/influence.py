@@ -14,13 +14,13 @@ from lightning_interp._options import check_number, check_positive_int, expected
 from lightning_interp.callbacks._embedded import Embedded, embed_points, find_place
 from lightning_interp.callbacks._influence_output import InfluenceOutput
 from lightning_interp.callbacks._influential import Influential, usable, why_unusable
-from lightning_interp.callbacks._label_watch import LabelWatch, NoClassesError, no_classes
+from lightning_interp.callbacks._label_watch import LabelWatch, no_classes
 from lightning_interp.callbacks._lightning import LightningModule, Trainer
 from lightning_interp.callbacks._periodic import PeriodicCallback
 from lightning_interp.callbacks._points import Points, choose_points
 from lightning_interp.callbacks._suspect_files import MOST_ROWS
 from lightning_interp.callbacks.base import OnError
-from lightning_interp.callbacks.batches import UnreadableError
+from lightning_interp.callbacks.batches import NoClassesError, UnreadableError
 from lightning_interp.callbacks.guard import undisturbed
 from lightning_interp.callbacks.samples import check_samples, first_indexable
 from lightning_interp.functional.embeddings import EmbeddingPlace

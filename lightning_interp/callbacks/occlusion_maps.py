@@ -20,6 +20,7 @@ from lightning_interp.callbacks._lightning import LightningModule, Trainer
 from lightning_interp.callbacks._sampled import SampledCallback
 from lightning_interp.callbacks._verdicts import (
     TARGETS,
+    Reading,
     Target,
     Verdict,
     captions,
@@ -56,7 +57,9 @@ class OcclusionMaps(SampledCallback):
     | `interp/occlusion_inside` | share of the drop on the object, where batches hold masks or boxes |
 
     The drop of a pixel is the mean over the windows that cover it; so is its probability (black 0, pale yellow 1). In
-    the map of classes the target is light grey, other classes have the colour of their name below it.
+    the map of classes the target is light grey, other classes have the colour of their name below it. Of a regression
+    (targets that are real numbers, as many as outputs) each image shows what one output loses, and neither probability
+    nor class.
 
     Cost: one forward for each position of the window and one more, for each image: about 50 with the standard window.
     No backward. Everything is measured on rank zero, in eval mode, in float32.
@@ -147,7 +150,7 @@ class OcclusionMaps(SampledCallback):
                 progress=forecast,
             )
         self._log_numbers(trainer, found.drop, step=step)
-        self._show(trainer, found, targets, verdicts(scores, self.labels), step=step)
+        self._show(trainer, found, targets, verdicts(scores, self.labels, targets), step=step)
 
     def _log_numbers(self, trainer: Trainer, drop: Tensor, *, step: int) -> None:
         numbers = {"concentration": concentration(drop)}
@@ -158,7 +161,9 @@ class OcclusionMaps(SampledCallback):
             if not math.isnan(value):  # a network that loses nothing anywhere has none
                 self.log_number(trainer, f"occlusion_{quantity}", value, step=step)
 
-    def _show(self, trainer: Trainer, found: Occlusion, targets: Tensor, told: Sequence[Verdict], *, step: int) -> None:
+    def _show(
+        self, trainer: Trainer, found: Occlusion, targets: Tensor, told: Sequence[Verdict | Reading], *, step: int
+    ) -> None:
         images = denormalise(self.images.float().cpu().numpy(), self.mean, self.std)
         drop = _numpy(found.drop)
         over = overlay(images, drop, signed=True)
@@ -166,14 +171,17 @@ class OcclusionMaps(SampledCallback):
         columns: list[Pixels] = [images, heat(drop, signed=True), over]
         self.show(trainer, "occlusion", "drop", sheet(columns, ["image", "drop", "overlay"], texts), step=step)
 
-        classes, calm = found.top_class.cpu().numpy(), targets.cpu().numpy()
-        columns = [images, sequential(_numpy(found.probability), 0.0, 1.0), categories(classes, calm)]
-        headings = ["image", "prob.", "class"]
+        columns, headings, legends = [images], ["image"], list[Caption](texts)
+        if not any(isinstance(each, Reading) for each in told):
+            classes, calm = found.top_class.cpu().numpy(), targets.cpu().numpy()
+            columns += [sequential(_numpy(found.probability), 0.0, 1.0), categories(classes, calm)]
+            headings += ["prob.", "class"]
+            legends = [self._legend(*each) for each in zip(classes, calm.tolist(), strict=True)]
         if found.feature_drop is not None:
             columns.append(heat(_numpy(found.feature_drop), signed=True))
             headings.append("filter")
-        legends = [self._legend(*each) for each in zip(classes, calm.tolist(), strict=True)]
-        self.show(trainer, "occlusion", "covered", sheet(columns, headings, legends), step=step)
+        if len(columns) > 1:
+            self.show(trainer, "occlusion", "covered", sheet(columns, headings, legends), step=step)
 
         strip = self.strip("drop")
         strip.push(step, frame(over))

@@ -14,7 +14,7 @@ from lightning_interp.callbacks._lightning import LightningModule, Trainer
 from lightning_interp.callbacks._sampled import SampledCallback
 from lightning_interp.callbacks._verdicts import TARGETS, Target, captions, check_baseline, choose_targets, verdicts
 from lightning_interp.callbacks.base import OnError
-from lightning_interp.callbacks.scores import ScoreModel
+from lightning_interp.callbacks.scores import ScoreModel, read_regression
 from lightning_interp.functional.faithfulness import Faithfulness, concentration, faithfulness, inside
 from lightning_interp.functional.gradients import NoFeatureMapsError
 from lightning_interp.functional.saliency import METHODS, Explanation, SaliencyOptions, explain, unseen_message
@@ -58,6 +58,9 @@ class SaliencyMaps(SampledCallback):
     | `interp.saliency_above_chance/<method>` | insertion - deletion, minus the same for random orders; 0 is chance |
     | `interp.saliency_inside/<method>` | share of the map on the object, where batches hold masks or boxes |
     | `interp.saliency_gap/integrated_gradients` | completeness gap, median; above 0.05 take more `steps` |
+
+    Of a regression (targets that are real numbers, as many as outputs) each image shows what one output hangs on, and
+    the numbers that need probabilities are left out: deletion, insertion, above chance.
 
     Numbers are means over the samples. Everything is measured on rank zero, in eval mode, in float32.
     """
@@ -163,7 +166,7 @@ class SaliencyMaps(SampledCallback):
             return
         self._log_numbers(trainer, model, found, step=step)
         images = denormalise(self.images.float().cpu().numpy(), self.mean, self.std)
-        texts = captions(verdicts(found.scores, self.labels), self.class_name)
+        texts = captions(verdicts(found.scores, self.labels, found.targets), self.class_name)
         for method, maps in found.maps.items():
             values = maps.float().cpu().numpy()
             over = overlay(images, values)
@@ -180,7 +183,8 @@ class SaliencyMaps(SampledCallback):
         )
 
         def choose(scores: Tensor, part: slice) -> Tensor:
-            return choose_targets(scores, None if self.labels is None else self.labels[part], self.target)
+            labels = None if self.labels is None else self.labels[part]
+            return choose_targets(scores, labels, self.target, first=part.start or 0)
 
         try:
             return explain(model, self.images, choose, self._active, options)
@@ -197,8 +201,8 @@ class SaliencyMaps(SampledCallback):
             self._log_means(trainer, "inside", {m: inside(values, masks) for m, values in maps.items()}, step)
         if found.gap.numel():
             self._log_means(trainer, "gap", {"integrated_gradients": found.gap.nanmedian()}, step)
-        if not self.curve_steps:
-            return
+        if not self.curve_steps or read_regression(found.scores, self.labels) is not None:
+            return  # the curves are of probabilities
         curves = {method: self._curves(model, found.targets, values) for method, values in maps.items()}
         same = torch.zeros_like(next(iter(maps.values())))  # equal pixels go in random order
         orders = [self._curves(model, found.targets, same, seed=seed) for seed in range(_CHANCE_ORDERS)]

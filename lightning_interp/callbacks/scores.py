@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,22 @@ from torch.nn import functional as F
 from lightning_interp.callbacks.batches import NoScoresError, UnreadableError
 from lightning_interp.functional.own_state import call_with, places_of
 
-__all__ = ["ScoreModel", "UnreadableError", "class_probabilities", "read_scores", "read_targets", "sample_losses"]
+__all__ = [
+    "Regression",
+    "ScoreModel",
+    "UnreadableError",
+    "about_classes",
+    "class_probabilities",
+    "read_regression",
+    "read_scores",
+    "read_targets",
+    "sample_losses",
+]
 
 SCORE_KEYS = ("logits", "logit", "scores", "score", "output", "outputs", "out", "prediction", "predictions", "y_hat")
 _WAY_OUT = "Give the LightningModule a method `interp_scores(images)` that returns (N, classes)."
+
+_SUM_TO_ONE = 1e-3  # how near
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -166,6 +178,67 @@ def _describe(output: Any) -> str:
     return f"a {type(output).__name__}"
 
 
+class Regression(NamedTuple):
+    """What a model and the labels say where both are real numbers, K an image.
+
+    Attributes:
+        outputs: (N, K), as the model gives them.
+        targets: (N, K), in float64 and on the same device.
+    """
+
+    outputs: Tensor
+    targets: Tensor
+
+    @property
+    def columns(self) -> int:
+        """Columns of the scores before the first output: a single one is the second of two, see `read_scores`."""
+        return int(self.outputs.shape[1] == 1)
+
+
+def read_regression(scores: Tensor, labels: Tensor | None) -> Regression | None:
+    """The outputs and targets of a regression: as many numbers as outputs, that can't be about classes.
+
+    About classes are zeros and ones (also smoothed: a and 1 - a), and rows of probabilities, such as one-hot ones.
+    NaN and negative whole numbers say "ignore" there, so they decide nothing.
+
+    Args:
+        scores: (N, classes), from `read_scores`.
+        labels: (N, ...), as in a batch.
+
+    Returns:
+        None if the labels are those of classes, or there are none.
+
+    Example:
+        >>> read_regression(torch.zeros(1, 2), torch.tensor([[3.5, -0.2]])).targets
+        tensor([[ 3.5000, -0.2000]], dtype=torch.float64)
+        >>> read_regression(torch.zeros(1, 2), torch.tensor([[0.3, 0.7]])) is None
+        True
+    """
+    if labels is None or labels.shape[:1] != scores.shape[:1]:
+        return None
+    outputs = scores
+    if labels.numel() == len(scores) and scores.shape[1] == 2 and bool((scores[:, 0] == -scores[:, 1]).all()):
+        outputs = 2 * scores[:, 1:]  # `read_scores` has made two columns of one
+    if labels.numel() != outputs.numel():
+        return None
+    targets = labels.detach().reshape(outputs.shape).to(outputs.device, torch.float64)
+    return None if about_classes(targets) else Regression(outputs, targets)
+
+
+def about_classes(targets: Tensor) -> bool:
+    """Whether numbers (N, K) say which of K classes an image shows, see `read_regression`."""
+    given = targets[~(targets.isnan() | ((targets < 0) & (targets == targets.round())))]
+    if not given.numel() or bool(((given == 0) | (given == 1)).all()):
+        return True
+    low, high = given.aminmax()
+    if bool(low < 0) or bool(high > 1):
+        return False
+    smoothed = ((given == low) | (given == high)).all() & ((low + high - 1).abs() < _SUM_TO_ONE)
+    rows = targets[targets.isfinite().all(dim=1)]
+    shares = targets.shape[1] > 1 and bool(((rows.sum(dim=1) - 1).abs() < _SUM_TO_ONE).all())
+    return bool(smoothed) or shares
+
+
 def read_targets(labels: Tensor | None, scores: Tensor) -> Tensor | None:
     """One class per image.
 
@@ -175,9 +248,10 @@ def read_targets(labels: Tensor | None, scores: Tensor) -> Tensor | None:
         scores: (N, classes).
 
     Returns:
-        (N,) integers in [0, classes), or None if there are no labels that say so (negative ones are "ignore").
+        (N,) integers in [0, classes), or None if there are no labels that say so (negative ones are "ignore"; those of
+        a regression are no classes).
     """
-    if labels is None or labels.shape[:1] != scores.shape[:1]:
+    if labels is None or labels.shape[:1] != scores.shape[:1] or read_regression(scores, labels) is not None:
         return None
     if labels.shape == scores.shape:
         best = labels == labels.amax(dim=1, keepdim=True)
