@@ -199,7 +199,8 @@ def read_regression(scores: Tensor, labels: Tensor | None) -> Regression | None:
     """The outputs and targets of a regression: as many numbers as outputs, that can't be about classes.
 
     About classes are zeros and ones (also smoothed: a and 1 - a), and rows of probabilities, such as one-hot ones.
-    NaN and negative whole numbers say "ignore" there, so they decide nothing.
+    NaN and negative whole numbers say "ignore" there, so they decide nothing. One integer an image is a class: beside a
+    single output it may be that of a binary task whose step puts classes together.
 
     Args:
         scores: (N, classes), from `read_scores`.
@@ -217,7 +218,9 @@ def read_regression(scores: Tensor, labels: Tensor | None) -> Regression | None:
     if labels is None or labels.shape[:1] != scores.shape[:1]:
         return None
     outputs = scores
-    if labels.numel() == len(scores) and scores.shape[1] == 2 and bool((scores[:, 0] == -scores[:, 1]).all()):
+    if labels.numel() == len(scores):
+        if not labels.is_floating_point() or scores.shape[1] != 2 or bool((scores[:, 0] != -scores[:, 1]).any()):
+            return None
         outputs = 2 * scores[:, 1:]  # `read_scores` has made two columns of one
     if labels.numel() != outputs.numel():
         return None

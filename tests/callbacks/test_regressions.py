@@ -60,7 +60,7 @@ def test_real_numbers_as_many_as_outputs_are_a_regression(labels):
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 1)])
-@pytest.mark.parametrize("labels", [torch.tensor([0.3, 0.9, 0.1]), torch.tensor([31, 0, 64])])
+@pytest.mark.parametrize("labels", [torch.tensor([0.3, 0.9, 0.1]), torch.tensor([31.0, 0.0, 64.0])])
 def test_a_single_output_is_given_back_as_it_was(shape, labels):
     """Though scores have two columns; labels of a binary task are no regression."""
     output = torch.randn(3)
@@ -69,6 +69,7 @@ def test_a_single_output_is_given_back_as_it_was(shape, labels):
     assert torch.equal(found.outputs[:, 0], output)
     assert choose_targets(scores, labels, "label").tolist() == [1, 1, 1]
     assert read_regression(scores, torch.tensor([0.0, 1.0, 1.0])) is None
+    assert read_regression(scores, torch.tensor([3, 0, 9])) is None
     assert read_regression(torch.randn(3, 2), labels) is None  # a head for two classes
 
 
@@ -102,7 +103,7 @@ class Measures(pl.LightningModule):
         return self.net(images)
 
     def training_step(self, batch, batch_idx):
-        return F.mse_loss(self(batch[0]).reshape(batch[1].shape), batch[1].float())
+        return F.mse_loss(self(batch[0]).reshape(batch[1].shape), batch[1])
 
     def validation_step(self, batch, batch_idx):
         self.log("val_loss", self.training_step(batch, batch_idx))
@@ -115,7 +116,7 @@ def regression(outputs, *, flat=False, whole=False, count=160):
     """Digits, and the brightness of `outputs` columns in [0, 1]; of all eight for one output."""
     images = torch.tensor(load_digits().images[:count], dtype=torch.float32)[:, None] / 16
     targets = images.mean(dim=(1, 2))[:, 1 : 1 + outputs] if outputs > 1 else images.mean(dim=(1, 2, 3))[:, None]
-    targets = (20 * targets).long() if whole else targets
+    targets = (20 * targets).round() if whole else targets
     return TensorDataset(images, targets[:, 0] if flat else targets)
 
 
