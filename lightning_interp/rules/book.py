@@ -84,14 +84,18 @@ class AlertBook:
         return changed
 
     def _ask(self, rule: Rule, history: History, active: dict[Key, Severity]) -> dict[Key, Alert]:
-        found: dict[Key, Alert] = {}
+        loud = []
         for alert in rule.check(history, active):
             if not isinstance(alert, Alert) or alert.severity not in SEVERITIES:
                 raise TypeError(f"Rule {rule.name!r} must return alerts with one of the severities, but got {alert!r}.")
             named = replace(alert, rule=rule.name, status="raised", step=history.step, epoch=history.epoch)
-            known = found.get(named.key)
-            if not self._is_mute(named) and (known is None or _rank(known) < _rank(named)):
-                found[named.key] = named
+            if not self._is_mute(named):
+                loud.append(named)
+        found: dict[Key, Alert] = {}
+        for alert in rule.join(loud, active):
+            known = found.get(alert.key)
+            if known is None or _rank(known) < _rank(alert):
+                found[alert.key] = alert
         return found
 
     def _compare(self, rule: Rule, found: dict[Key, Alert], history: History) -> list[Alert]:

@@ -8,7 +8,7 @@ what it finds wrong *now*. It keeps no state; raising once, clearing once, patie
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import ClassVar
 
 from lightning_interp.rules.alert import Alert
@@ -44,3 +44,12 @@ class Rule(ABC):
         Returns:
             One alert per layer concerned, with `step` and `epoch` left to the book.
         """
+
+    def join(self, alerts: Sequence[Alert], active: Collection[Key]) -> Iterable[Alert]:
+        """Puts together what is better said at once; does nothing by default.
+
+        Args:
+            alerts: What `check` has returned, without what is muted.
+            active: As in `check`: what is up already as one alert per layer should stay so, not to be cleared.
+        """
+        return alerts

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from lightning_interp._options import check_positive_int
@@ -19,7 +19,7 @@ class UntrainedLayerRule(Rule):
     """All probed updates of a layer are exactly 0.
 
     With `requires_grad=True` that is a warning: the layer is in no optimizer, or no gradient reaches it. A layer with
-    `requires_grad=False` was frozen on purpose: information. Works for any loss.
+    `requires_grad=False` was frozen on purpose: information, of all such layers at once. Works for any loss.
 
     A probed step counts only if some layer moved at it, so that a warm-up that starts at rate 0 and a step skipped by
     the gradient scaler say nothing about one layer; at least `min_probes` must count. If no layer ever moved, although
@@ -58,6 +58,14 @@ class UntrainedLayerRule(Rule):
                 probes = _probes(history, layer, moving)
                 if probes >= self.min_probes:
                     yield self._still(history, layer, probes)
+
+    def join(self, alerts: Sequence[Alert], active: Collection[Key]) -> Iterable[Alert]:
+        """Frozen layers in one alert: a frozen backbone has dozens."""
+        frozen = [alert for alert in alerts if alert.severity == "info" and alert.key not in active]
+        if len(frozen) < 2 and (self.name, None) not in active:
+            return alerts
+        rest = [alert for alert in alerts if alert not in frozen]
+        return [*rest, _together(frozen)] if frozen else rest
 
     def _frozen(self, layer: str) -> Alert:
         return Alert(
@@ -110,6 +118,24 @@ class UntrainedLayerRule(Rule):
 
 
 _NOT_HELD = "in no optimizer"
+_NAMED = 8
+
+
+def _together(alerts: Sequence[Alert]) -> Alert:
+    """One alert for the whole run, with the name of each layer in its evidence."""
+    if len(alerts) == 1:  # of several that were told together
+        return replace(alerts[0], layer=None)
+    names = [alert.layer or "" for alert in alerts]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return replace(
+        alerts[0],
+        layer=None,
+        message=(
+            f"{len(names)} layers are frozen, none of their weights has requires_grad=True: "
+            f"{', '.join(names[:_NAMED])}{more}."
+        ),
+        evidence={"layers": float(len(names))} | {f"trainable_{name}": 0.0 for name in names},
+    )
 
 
 def _is_trainable(history: History, layer: str) -> bool:

@@ -1,7 +1,7 @@
 import pytest
 
 from lightning_interp.errors import ArgumentError
-from lightning_interp.rules import History, UntrainedLayerRule
+from lightning_interp.rules import AlertBook, History, UntrainedLayerRule
 from tests.rules.writing import check, healthy, write
 
 
@@ -67,6 +67,72 @@ def test_frozen_layers_are_information_even_without_probes():
         ("conv1", "info"),
         ("norm", "info"),
     ]
+
+
+def frozen(*names):
+    history = probed({"head": [0.1] * 9})
+    for name in names:
+        history.note("trainable", 0, layer=name)
+    return history
+
+
+def thaw(history, *names):
+    for name in names:
+        history.note("trainable", 1, layer=name)
+    return history
+
+
+def told(alerts):
+    return [(alert.status, alert.layer) for alert in alerts]
+
+
+def test_a_frozen_backbone_is_one_alert_raised_once_and_cleared_once():
+    """With each layer in its evidence, some in its message; also where the layers thaw one by one."""
+    book, names = AlertBook([UntrainedLayerRule()]), [f"backbone.{i}" for i in range(40)]
+    history = frozen(*names)
+    (alert,) = book.update(history)
+    assert (alert.status, alert.layer, alert.severity, alert.evidence["layers"]) == ("raised", None, "info", 40)
+    assert [name for name in names if f"trainable_{name}" in alert.evidence] == names
+    assert "40 layers are frozen" in alert.message
+    assert "backbone.7 and 32 more" in alert.message
+    assert book.update(history) == []
+    assert book.update(thaw(history, *names[1:])) == []
+    assert told(book.update(thaw(history, names[0]))) == [("cleared", None)]
+    assert book.active == []
+
+
+def test_a_single_frozen_layer_keeps_its_name_also_when_others_follow():
+    book, history = AlertBook([UntrainedLayerRule()]), frozen("conv1")
+    assert told(book.update(history)) == [("raised", "conv1")]
+    history.note("trainable", 0, layer="conv2")
+    assert told(book.update(history)) == [("raised", "conv2")]
+
+
+def test_muted_layers_are_not_among_those_that_are_told_together():
+    book = AlertBook([UntrainedLayerRule()], mute=["untrained_layer:a.*"])
+    (alert,) = book.update(frozen("a.0", "a.1", "b.0", "b.1"))
+    assert alert.evidence == {"layers": 2.0, "trainable_b.0": 0.0, "trainable_b.1": 0.0}
+    assert AlertBook([UntrainedLayerRule()], mute=["untrained_layer:a.*"]).update(frozen("a.0", "a.1")) == []
+
+
+def test_a_run_that_was_told_of_each_layer_is_told_nothing_anew_after_a_resume():
+    """As alerts were before they were put together: no clearing of what still holds."""
+    history, old = frozen("a", "b"), AlertBook([UntrainedLayerRule()])
+    old._active = {each.key: each for each in check(UntrainedLayerRule(), history)}
+    book = AlertBook([UntrainedLayerRule()])
+    book.load_state_dict(old.state_dict())
+    assert book.update(history) == []
+    assert told(book.update(thaw(history, "a", "b"))) == [("cleared", "a"), ("cleared", "b")]
+
+
+def test_a_network_that_never_moves_is_told_before_its_frozen_layers():
+    """One alert of the whole run: the worse one, and the other when that is over."""
+    history = frozen("a", "b")
+    book, still = AlertBook([UntrainedLayerRule()]), probed({"head": [0.0] * 20})
+    for name in ("a", "b"):
+        still.note("trainable", 0, layer=name)
+    assert [alert.severity for alert in book.update(still)] == ["warning"]
+    assert [alert.severity for alert in book.update(history)] == ["info"]
 
 
 def test_wrong_thresholds_are_refused():
