@@ -161,7 +161,7 @@ def usable(points: Embedded) -> Tensor:
 def why_unusable(points: Embedded) -> str:
     """What is wrong where no row is usable, in one sentence."""
     if not bool((points.labels >= 0).any()):
-        return "no image has a label that is a class (those of a regression are none)"
+        return "no image has a label that is a class"
     if not bool(points.rows.isfinite().all(dim=1).any()):
         return "the embeddings are NaN or infinite; the network has diverged"
     return "the labels are not among the classes that the model has scores for, or the scores are NaN"

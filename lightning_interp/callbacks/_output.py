@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from lightning_interp._options import spread
 from lightning_interp.callbacks._lightning import CallbackBase, Trainer
 from lightning_interp.callbacks.session import Session
+from lightning_interp.errors import InterpWarning
 from lightning_interp.records import Image, Record, Scalar
 from lightning_interp.rules.history import History
 
@@ -30,6 +32,7 @@ class Output(CallbackBase):
     def __init__(self) -> None:
         super().__init__()
         self.quiet = False
+        self._said: set[str] = set()
         self.forget_output()
 
     def forget_output(self) -> None:
@@ -123,6 +126,22 @@ class Output(CallbackBase):
             self.write(trainer, [Image(tag=session.layer_tag(quantity, layer, self.name), step=step, pixels=pixels)])
 
     def publish(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
-        """Puts numbers into `trainer.callback_metrics`, where EarlyStopping and ModelCheckpoint look."""
+        """Puts numbers into `trainer.callback_metrics`, where EarlyStopping and ModelCheckpoint look.
+
+        A metric that the user logs under the same name stays there.
+        """
+        shown, ours = trainer.callback_metrics, Session.of(trainer).published
         for key, value in metrics.items():
-            trainer.callback_metrics[key] = torch.tensor(value, dtype=torch.float32)
+            if key in shown and shown[key] is not ours.get(key):
+                self.say_once(
+                    f"A metric of the name {key!r} is logged by the model or another callback: {type(self).__name__} "
+                    "leaves it in trainer.callback_metrics, without its own. Log yours under another name to have both."
+                )
+            else:
+                shown[key] = ours[key] = torch.tensor(value, dtype=torch.float32)
+
+    def say_once(self, message: str) -> None:
+        """Warns, the first time only."""
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(message, InterpWarning, stacklevel=2)

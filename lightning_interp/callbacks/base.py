@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +24,6 @@ from lightning_interp.callbacks.batches import UnreadableError
 from lightning_interp.callbacks.guard import shapeless
 from lightning_interp.callbacks.schedule import ALWAYS, BatchHooks, Schedule
 from lightning_interp.callbacks.session import Session
-from lightning_interp.errors import InterpWarning
 from lightning_interp.records import Scalar
 
 OnError = Literal["warn", "raise"]
@@ -104,7 +102,6 @@ class InterpCallback(Output):
         self._depth = 0
         self._met = False  # whether the ranks have met within the current hook
         self._agreed_to_rest = False
-        self._said: set[str] = set()
 
     # ------------------------------------------------------------------ identity and state
 
@@ -216,12 +213,6 @@ class InterpCallback(Output):
         if kind not in said:
             said.add(kind)
             self.say_once(f"{type(self).__name__}, and whatever needs the same, {message}")
-
-    def say_once(self, message: str) -> None:
-        """Warns, the first time only."""
-        if message not in self._said:
-            self._said.add(message)
-            warnings.warn(message, InterpWarning, stacklevel=2)
 
     # ------------------------------------------------------------------ time and schedule
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_interp import sinks
@@ -29,6 +29,7 @@ class Session:
         depths: Position of each layer with weights in the whole model, in the order of `named_modules()`.
         directory: Folder of the run's own files, None when nothing is to be written.
         dead: Layer to the indices of its dead filters in the last window.
+        published: What of ours is in `trainer.callback_metrics`, by name: the very tensors.
         said: Kinds of limits that were reported already, for all callbacks.
     """
 
@@ -38,6 +39,7 @@ class Session:
         self.depths = layer_depths(model)
         self.directory = log_directory(trainer)
         self.dead: dict[str, list[int]] = {}
+        self.published: dict[str, Tensor] = {}
         self.said: set[type[Exception] | str] = set()
         self._owners: dict[type, object] = {}
         self._last_steps: dict[tuple[str, bool], int] = {}

@@ -396,3 +396,48 @@ def test_unknown_layer_is_refused_before_training():
     """With a suggestion."""
     with warnings.catch_warnings(), pytest.raises(ArgumentError, match=r"'frst'.*Did you mean 'first'"):
         fit(Plain(), ActivationSparsity(layers=["frst"]))
+
+
+class Namesake(Plain):
+    """Logs a number of its own under a name that is ours."""
+
+    def training_step(self, batch, batch_idx):
+        self.log("interp/sparsity_mean", 7.0)
+        return super().training_step(batch, batch_idx)
+
+
+class Seen(pl.Callback):
+    """What EarlyStopping would see."""
+
+    def __init__(self):
+        self.metric = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.metric.append(trainer.callback_metrics["interp/sparsity_mean"].item())
+
+    def on_train_epoch_end(self, trainer, module):
+        self.metric.append(trainer.callback_metrics["interp/sparsity_mean"].item())
+
+
+def test_a_metric_of_the_users_stays_where_ours_has_the_same_name():
+    """From the moment it is there, and it is said once."""
+    seen = Seen()
+    with pytest.warns(InterpWarning) as caught:
+        fit(Namesake(), ActivationSparsity(maps=False, on_error="raise"), seen, max_epochs=2)
+    assert seen.metric
+    assert set(seen.metric) == {7.0}
+    (said,) = [str(each.message) for each in caught if each.category is InterpWarning]
+    assert "'interp/sparsity_mean' is logged by the model or another callback: ActivationSparsity leaves it" in said
+
+
+def test_ours_of_an_earlier_fit_is_not_taken_for_a_metric_of_the_users():
+    """The same Trainer, trained on."""
+    seen = Seen()
+    callbacks = [ActivationSparsity(maps=False, on_error="raise"), seen]
+    trainer = fit(Plain(), *callbacks, max_epochs=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(Plain(), loader())
+    assert [each for each in caught if each.category is InterpWarning] == []
+    assert len(set(seen.metric)) > 1
