@@ -40,6 +40,10 @@ class Prober:
         self._rate: float | Tensor = float("nan")
         self._hidden = False  # in a compiled function, which each new hook would have compiled anew
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, even one made during a batch, is on no model and probes nothing of it."""
+        return {**vars(self), "_updates": None, "_same_batch": None, "_waiting": set()}
+
     def start(self, trainer: Any, model: nn.Module, *, due: bool) -> None:
         """A batch begins; arms the probes if one is due and the batch ends in an optimizer step."""
         self.drop()  # a batch that the user's hook skipped has no end

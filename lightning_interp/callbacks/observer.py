@@ -6,6 +6,7 @@ All callbacks of a fit share one observer: however many of them read a layer, it
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Any
 
 from torch import nn
 
@@ -37,6 +38,10 @@ class Observer:
         self._errors: dict[Reader, Exception] = {}
         self._counted = 0.0
         self._tracer: ActivationTracer | None = None
+
+    def __reduce__(self) -> Any:
+        """A copy, even one made during a batch, is on no model; else the user's would be copied with it."""
+        return Observer, (nn.Identity(),)
 
     @property
     def compiled(self) -> bool:

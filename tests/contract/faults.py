@@ -171,6 +171,7 @@ FAULTS = (
         (
             f"{_SETTINGS}test_callbacks_can_be_pickled_and_copied_before_and_after_a_fit",
             f"{_SETTINGS}test_callbacks_can_be_pickled_and_copied_during_validation",
+            f"{_SETTINGS}test_callbacks_can_be_pickled_and_copied_in_the_middle_of_a_step",
         ),
     ),
     Fault(

@@ -483,6 +483,34 @@ def test_callbacks_can_be_pickled_and_copied_during_validation():
     assert model.copied == [True] * 4
 
 
+class KeepingSteps(Keeping):
+    """Copies them in the middle of each training step."""
+
+    def training_step(self, batch, batch_idx):
+        self._copy()
+        loss = super().training_step(batch, batch_idx)
+        self._copy()
+        return loss
+
+    def on_before_backward(self, loss):
+        self._copy()
+
+    def on_before_optimizer_step(self, optimizer):
+        self._copy()
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self._copy()
+
+
+def test_callbacks_can_be_pickled_and_copied_in_the_middle_of_a_step():
+    """A probed one too, in which hooks are on the model."""
+    model, callbacks = KeepingSteps(), [*often(), Interp("full", name="second", on_error="raise")]
+    trainer = quiet_trainer(callbacks=callbacks, logger=Capture(), num_sanity_val_steps=0, max_epochs=1)
+    trainer.fit(model, loader(), loader(samples=12, seed=1, shuffle=False))
+    assert len(model.copied) > 8
+    assert all(model.copied)
+
+
 def _keys(callbacks):
     return [callback.state_key for callback in callbacks]
 
