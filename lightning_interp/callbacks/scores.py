@@ -288,7 +288,9 @@ def sample_losses(scores: Tensor, labels: Tensor | None) -> Tensor | None:
     if labels is not None and _multi_label(scores, labels):
         return F.binary_cross_entropy_with_logits(scores, labels.to(scores), reduction="none").mean(dim=1)
     targets = read_targets(labels, scores)
-    return None if targets is None else F.cross_entropy(scores, targets, reduction="none")
+    if targets is None:
+        return None
+    return F.cross_entropy(scores, targets, reduction="none") + 0.0  # that of a sure prediction is -0.0
 
 
 def _multi_label(scores: Tensor, labels: Tensor | None) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_interp.callbacks._verdicts import captions, verdicts
 from lightning_interp.callbacks.batches import UnreadableError
 from lightning_interp.callbacks.scores import ScoreModel, class_probabilities, read_scores, read_targets, sample_losses
 
@@ -93,6 +94,14 @@ def test_probabilities_and_losses_follow_the_kind_of_labels():
     expected = F.binary_cross_entropy_with_logits(SCORES, many.float(), reduction="none").mean(1)
     torch.testing.assert_close(sample_losses(SCORES, many), expected)
     assert sample_losses(SCORES, None) is None
+
+
+def test_the_loss_of_a_sure_prediction_is_written_without_a_sign():
+    """Cross-entropy gives -0.0 there."""
+    scores, labels = torch.tensor([[90.0, -90.0]]), torch.tensor([0])
+    assert str(sample_losses(scores, labels).tolist()) == "[0.0]"
+    ((line,),) = captions(verdicts(scores, labels, labels), str)
+    assert "".join(text for text, _ in line) == "label 0 predicted 0 (1.00) loss 0"
 
 
 class Dicted(nn.Module):
