@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_interp.callbacks._lightning import Trainer, fits
 from lightning_interp.callbacks.batches import UnreadableError
 from lightning_interp.errors import AlertRaised, ArgumentError
+from lightning_interp.functional.gradients import CheckpointedError
 
 if TYPE_CHECKING:
     from lightning_interp.callbacks.base import InterpCallback
@@ -96,7 +97,7 @@ def guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 def stop(callback: InterpCallback, trainer: Trainer, error: Exception, hook: str) -> None:
     """Lets a callback rest whose hook has failed, and says so once."""
-    if isinstance(error, UnreadableError):
+    if isinstance(error, UnreadableError | CheckpointedError):
         callback._give_up(trainer, error)
     else:
         callback._rest(error, hook)

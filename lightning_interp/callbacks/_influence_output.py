@@ -17,6 +17,7 @@ from lightning_interp.callbacks._suspect_files import write_suspects
 from lightning_interp.callbacks.batches import UnreadableError
 from lightning_interp.callbacks.session import Session
 from lightning_interp.functional.embeddings import EmbeddingPlace
+from lightning_interp.functional.gradients import CheckpointedError
 from lightning_interp.functional.influence_perturbation import NoPixelGradientError
 from lightning_interp.functional.mislabeled import Suspects
 from lightning_interp.records import Text
@@ -90,7 +91,7 @@ class InfluenceOutput:
         callback.show(trainer, "influence", "images", influence_sheet(shown, top_k), step=step)
         try:
             pairs = perturbed(self.model, place, found, train, test, callback.class_name)
-        except NoPixelGradientError as error:
+        except (CheckpointedError, NoPixelGradientError) as error:
             callback.say_once(f"Influence goes on without `interp.influence/perturbation`. {error}")
             return
         if pairs:

@@ -24,6 +24,7 @@ from lightning_interp.callbacks.batches import UnreadableError
 from lightning_interp.callbacks.guard import shapeless
 from lightning_interp.callbacks.schedule import ALWAYS, BatchHooks, Schedule
 from lightning_interp.callbacks.session import Session
+from lightning_interp.functional.gradients import CheckpointedError
 from lightning_interp.records import Scalar
 
 OnError = Literal["warn", "raise"]
@@ -187,7 +188,7 @@ class InterpCallback(Output):
             f'it. Set on_error="raise" to see where it comes from.'
         )
 
-    def _give_up(self, trainer: Trainer, error: UnreadableError) -> None:
+    def _give_up(self, trainer: Trainer, error: UnreadableError | CheckpointedError) -> None:
         """A model or a data set that can't be read is no failure: it is said once, whoever else needs the same."""
         self._outbox.clear()
         self.resting = True

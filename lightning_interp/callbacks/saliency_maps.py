@@ -16,7 +16,7 @@ from lightning_interp.callbacks._verdicts import TARGETS, Target, captions, chec
 from lightning_interp.callbacks.base import OnError
 from lightning_interp.callbacks.scores import ScoreModel, read_regression
 from lightning_interp.functional.faithfulness import Faithfulness, concentration, faithfulness, inside
-from lightning_interp.functional.gradients import NoFeatureMapsError
+from lightning_interp.functional.gradients import CheckpointedError, NoFeatureMapsError
 from lightning_interp.functional.saliency import METHODS, Explanation, SaliencyOptions, explain, unseen_message
 from lightning_interp.render.color import denormalise
 from lightning_interp.render.sheets import frame, heat, overlay, sheet, strip_sheet
@@ -187,11 +187,16 @@ class SaliencyMaps(SampledCallback):
             return choose_targets(scores, labels, self.target, first=part.start or 0)
 
         try:
-            return explain(model, self.images, choose, self._active, options)
+            return explain(model, self.images, choose, self._active, options) if self._active else Explanation()
         except NoFeatureMapsError as error:
             self._active.remove("grad_cam")
             self.say_once(f"SaliencyMaps goes on without grad_cam. {error}")
-            return explain(model, self.images, choose, self._active, options) if self._active else Explanation()
+        except CheckpointedError as error:
+            if "grad_cam" not in self._active or len(self._active) == 1:
+                raise
+            self._active = ["grad_cam"]  # its maps may lie behind what is checkpointed
+            self.say_once(f"SaliencyMaps goes on with grad_cam alone. {error}")
+        return self._explain(model)
 
     def _log_numbers(self, trainer: Trainer, model: ScoreModel, found: Explanation, *, step: int) -> None:
         maps = found.maps

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_interp._options import check_choice, check_positive_int, expected
 from lightning_interp.errors import ArgumentError
+from lightning_interp.functional.gradients import gradients_of
 from lightning_interp.functional.image_prior import FourierPrior, PixelPrior
 from lightning_interp.functional.jitter import jittered
 from lightning_interp.functional.undisturbed import undisturbed
@@ -121,8 +122,8 @@ def ascend(  # noqa: PLR0913
         seen = jittered(images, generator) if method == "fourier" else images
         distance = ((images - prior.mean) / spread).square().mean(dim=(1, 2, 3))
         loss = (weight * distance - objective(seen)).sum()
-        (gradient,) = torch.autograd.grad(loss, variable)
-        variable = adam.step(variable.detach(), gradient)
+        (gradient,) = gradients_of(loss, [variable])
+        variable = adam.step(variable.detach(), torch.zeros_like(variable) if gradient is None else gradient)
     with torch.no_grad():
         return prior.images(variable)
 

@@ -5,7 +5,7 @@ Shapes: N images, C channels, H x W pixels, K feature maps of h x w.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,29 @@ Choose = Callable[[Tensor], Tensor]
 
 class NoFeatureMapsError(ValueError):
     """Grad-CAM needs feature maps with positions, and the model makes none."""
+
+
+class CheckpointedError(RuntimeError):
+    """The model is checkpointed in the way in which autograd gives no gradient of images."""
+
+
+def gradients_of(output: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad` of a single number; None for inputs that it does not depend on.
+
+    Raises:
+        CheckpointedError: If activation checkpointing with `use_reentrant=True` is on the way.
+    """
+    try:
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(output, inputs, allow_unused=True)
+    except RuntimeError as error:
+        if "compatible with .grad()" not in str(error):  # "incompatible" now, "not compatible" before
+            raise
+        raise CheckpointedError(
+            "Expected a model that autograd can take gradients of images of, but it has activation checkpointing with "
+            "`use_reentrant=True`. Call torch.utils.checkpoint.checkpoint with `use_reentrant=False`, which trains the "
+            "same."
+        ) from error
+    return found
 
 
 class PlainPass(NamedTuple):
@@ -61,6 +84,7 @@ def plain_pass(  # noqa: PLR0913 - what is wanted, by keyword
 
     Raises:
         NoFeatureMapsError: If they are wanted and there are none.
+        CheckpointedError: As in `gradients_of`.
     """
     leaf = images.clone().requires_grad_()
     listener = FeatureMaps(model, layer) if maps else None
@@ -78,7 +102,7 @@ def plain_pass(  # noqa: PLR0913 - what is wanted, by keyword
             "these images; give `layer`, or leave this method out."
         )
     wanted = [tensor for tensor in (leaf if pixels else None, found) if tensor is not None]
-    parts = torch.autograd.grad(target_scores(scores, targets).sum(), wanted, allow_unused=True)
+    parts = gradients_of(target_scores(scores, targets).sum(), wanted)
     gradients = [torch.zeros_like(x) if part is None else part for x, part in zip(wanted, parts, strict=True)]
     return PlainPass(
         scores.detach(),
@@ -94,5 +118,5 @@ def input_gradients(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor
     leaf = images.clone().requires_grad_()
     scores = model(leaf.clone())  # a copy: the model may write over it
     check_scores(scores, targets)
-    (gradients,) = torch.autograd.grad(target_scores(scores, targets).sum(), leaf, allow_unused=True)
+    (gradients,) = gradients_of(target_scores(scores, targets).sum(), [leaf])
     return torch.zeros_like(leaf) if gradients is None else gradients

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_interp._options import expected
 from lightning_interp.errors import ArgumentError
+from lightning_interp.functional.gradients import gradients_of
 from lightning_interp.functional.influence_head import HeadInfluence
 
 
@@ -46,6 +47,7 @@ def perturbation_direction(  # noqa: PLR0913, PLR0917 - a training image, and a 
     Raises:
         ArgumentError: If an argument is wrong.
         NoPixelGradientError: If the embedding does not depend on the image, as far as autograd knows; an ArgumentError.
+        CheckpointedError: If the network is checkpointed with `use_reentrant=True`.
 
     Cost: one forward and backward of `embed`, one solution with the Hessian.
     Source: Koh and Liang 2017, equation 5.
@@ -76,7 +78,7 @@ def perturbation_direction(  # noqa: PLR0913, PLR0917 - a training image, and a 
         given = torch.nn.functional.one_hot(torch.tensor(int(label), device=weight.device), classes)
         residual = torch.softmax(weight @ features, dim=0) - given
         phi = -(residual * (solved @ features)).sum() / len(influence)
-        (gradient,) = torch.autograd.grad(phi, pixels, allow_unused=True) if phi.requires_grad else (None,)
+        (gradient,) = gradients_of(phi, [pixels]) if phi.requires_grad else (None,)
     if gradient is None:
         raise NoPixelGradientError(
             "Expected an embedding that is differentiable by the pixels of the image, but no gradient reaches them: "

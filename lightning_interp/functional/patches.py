@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_interp._options import check_positive_int
 from lightning_interp.errors import ArgumentError
+from lightning_interp.functional.gradients import gradients_of
 from lightning_interp.functional.reach import Units, channels_second, check_layer, find_units, reach
 from lightning_interp.functional.rectifiers import Rectifiers
 from lightning_interp.functional.undisturbed import undisturbed
@@ -180,7 +181,12 @@ def project_patches(  # noqa: PLR0913 - three of them say which activation of ea
         rows = torch.arange(len(images), device=activation.device)
         chosen = activation.flatten(2) if activation.ndim > 2 else activation[..., None]
         values = chosen[rows, filters.to(activation.device), positions.to(activation.device)]
-        (gradient,) = torch.autograd.grad(values.sum(), watched)
+        (gradient,) = gradients_of(values.sum(), [watched]) if values.requires_grad else (None,)
+    if gradient is None:
+        raise RuntimeError(
+            "no gradient reaches the pixels; something on the way is detached, quantised, checkpointed with "
+            "use_reentrant=True, or runs under torch.no_grad()"
+        )
     return gradient.detach(), values.detach()
 
 

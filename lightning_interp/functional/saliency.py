@@ -119,6 +119,7 @@ def saliency_map(
     Raises:
         ArgumentError: If an argument is wrong.
         NoFeatureMapsError: If `grad_cam` finds no feature maps.
+        CheckpointedError: If the model is checkpointed with `use_reentrant=True`.
 
     Warns:
         InterpWarning: If `guided_backprop` or `deconvnet` sees no activation; the map is then the plain gradient's.

@@ -1,15 +1,18 @@
 """`SaliencyMaps` in a Trainer: what it logs, on what, when; it changes nothing, survives, says what is wrong."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_interp.callbacks import saliency_maps
+from lightning_interp.callbacks.class_images import ClassImages
 from lightning_interp.callbacks.saliency_maps import SaliencyMaps
-from lightning_interp.errors import ArgumentError
+from lightning_interp.errors import ArgumentError, InterpWarning
 from lightning_interp.functional.faithfulness import concentration, faithfulness
 from lightning_interp.functional.saliency import METHODS, saliency_map
 from lightning_interp.render.sheets import WIDTH
@@ -429,6 +432,33 @@ def test_sharded_strategy_is_refused_in_setup_by_name():
 
     with pytest.raises(ArgumentError, match="SaliencyMaps runs forwards of its own on one rank, which FSDPStrategy"):
         fit([SaliencyMaps()], strategy=FSDPStrategy("cpu"))
+
+
+class Reentrant(Lit):
+    """Checkpointed in the older way, through which autograd gives no gradient of images."""
+
+    def forward(self, x):
+        return self.net[5:](checkpoint(self.net[:5], x, use_reentrant=True))
+
+
+@pytest.mark.parametrize(
+    ("callback", "said", "shown"),
+    [
+        (maps("gradient"), "SaliencyMaps, and whatever needs the same, has nothing to show: ", False),
+        (maps(["gradient", "grad_cam"]), "SaliencyMaps goes on with grad_cam alone. ", True),
+        (ClassImages(on_error="raise"), "ClassImages, and whatever needs the same, has nothing to show: ", False),
+    ],
+    ids=["gradient", "grad_cam", "class images"],
+)
+def test_reentrant_checkpointing_is_said_once_with_what_to_do(callback, said, shown):
+    """What needs no gradient of images goes on; the training does in any case."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gallery, _, _ = fit([callback], model=Reentrant())
+    (message,) = [str(each.message) for each in caught if each.category is InterpWarning]
+    assert message.startswith(said)
+    assert "Call torch.utils.checkpoint.checkpoint with `use_reentrant=False`" in message
+    assert ("interp.saliency/grad_cam" in gallery.pictures) == shown
 
 
 def test_a_map_of_zeros_says_so_where_its_name_may_be_cut_off(monkeypatch):

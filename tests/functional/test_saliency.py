@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_interp.errors import ArgumentError, InterpWarning
-from lightning_interp.functional.gradients import NoFeatureMapsError
+from lightning_interp.functional.gradients import CheckpointedError, NoFeatureMapsError
 from lightning_interp.functional.integrated_gradients import integrated_gradients, smooth_gradients
 from lightning_interp.functional.rectifiers import Rectifiers
 from lightning_interp.functional.saliency import METHODS, SaliencyOptions, explain, saliency_map, saliency_maps
@@ -273,6 +273,23 @@ def test_activation_checkpointing_changes_no_map(method, spelling):
     model, options = spelled((RELUS | OTHERS)[spelling]), {"method": method, "draws": 4, "steps": 4}
     expected = saliency_map(model, images, targets, **options)
     assert relative(saliency_map(Repeated(model), images, targets, **options), expected) <= 1e-6
+
+
+class Reentrant(Repeated):
+    """The older way, in which autograd is called within autograd."""
+
+    def forward(self, x):
+        return checkpoint(self.model, x, use_reentrant=True)
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "grad_cam"])
+def test_reentrant_checkpointing_is_refused_with_a_way_out(method):
+    """Torch says it, in words about `.grad()` and `.backward()`."""
+    images, targets = samples(2)
+    with pytest.raises(
+        CheckpointedError, match=r"but it has activation checkpointing with `use_reentrant=True`\. Call"
+    ):
+        saliency_map(Reentrant(spelled(nn.ReLU())), images, targets, method=method, draws=4, steps=4)
 
 
 @pytest.mark.parametrize("method", METHODS)
