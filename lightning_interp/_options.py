@@ -10,6 +10,8 @@ from typing import Any
 
 from lightning_interp.errors import ArgumentError
 
+_LONGEST = 200  # characters of a value in a message
+
 
 def expected(argument: str, what: str, value: object, advice: str = "") -> ArgumentError:
     """The house style of messages: "Expected argument `x` to be ..., but got ...".
@@ -18,7 +20,16 @@ def expected(argument: str, what: str, value: object, advice: str = "") -> Argum
         >>> print(expected("k", "a positive integer", 0))
         Expected argument `k` to be a positive integer, but got 0.
     """
-    return ArgumentError(f"Expected argument `{argument}` to be {what}, but got {value!r}. {advice}".rstrip())
+    return ArgumentError(f"Expected argument `{argument}` to be {what}, but got {_shown(value)}. {advice}".rstrip())
+
+
+def _shown(value: object) -> str:
+    """In one line: of tensors and arrays what they are, not what they hold."""
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if shape is not None and dtype is not None:
+        return f"a {type(value).__name__} of shape {tuple(shape)} and type {dtype}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def check_positive_int(argument: str, value: Any, *, optional: bool = False) -> None:
@@ -56,6 +67,14 @@ def check_numbers(argument: str, value: Any, *, positive: bool = False) -> list[
     if not numbers or not right or (positive and min(numbers) <= 0):
         raise expected(argument, f"a list of {'positive ' if positive else ''}numbers or None", value)
     return [float(number) for number in numbers]
+
+
+def check_scaling(mean: Any, std: Any) -> tuple[list[float] | None, list[float] | None]:
+    """`mean` and `std` as lists; refuses also those of different lengths, unless one number counts for all channels."""
+    means, stds = check_numbers("mean", mean), check_numbers("std", std, positive=True)
+    if means and stds and len(means) != len(stds) and 1 not in {len(means), len(stds)}:
+        raise expected("std", f"as long as `mean`, {len(means)} numbers, one for each channel", std)
+    return means, stds
 
 
 def check_bool(argument: str, value: Any) -> None:

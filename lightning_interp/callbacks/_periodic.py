@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from lightning_interp._options import check_numbers, check_strings
+from lightning_interp._options import check_scaling, check_strings, expected
 from lightning_interp.callbacks._lightning import LightningModule, Trainer
 from lightning_interp.callbacks._ranks import refuse_sharded
 from lightning_interp.callbacks.base import InterpCallback, OnError
@@ -71,8 +71,9 @@ class PeriodicCallback(InterpCallback):
             on_error=on_error,
         )
         check_strings("classes", classes)
-        self.mean = check_numbers("mean", mean)
-        self.std = check_numbers("std", std, positive=True)
+        if isinstance(classes, set | frozenset):
+            raise expected("classes", "a list of strings in the order of the labels, or None", classes)
+        self.mean, self.std = check_scaling(mean, std)
         self.classes = None if classes is None else list(classes)
         self._forget()
 

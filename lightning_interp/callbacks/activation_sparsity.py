@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_interp._options import check_bool, check_numbers, check_positive_int, select, spread
+from lightning_interp._options import check_bool, check_positive_int, check_scaling, select, spread
 from lightning_interp.callbacks import _ranks
 from lightning_interp.callbacks._activation_maps import activation_maps
 from lightning_interp.callbacks._lightning import LightningModule, Trainer, accumulates
@@ -94,8 +94,7 @@ class ActivationSparsity(InterpCallback):
         check_positive_int("num_samples", num_samples)
         self.maps = maps
         self.num_samples = num_samples
-        self.mean = check_numbers("mean", mean)
-        self.std = check_numbers("std", std, positive=True)
+        self.mean, self.std = check_scaling(mean, std)
         self._reset()
 
     def _reset(self) -> None:

@@ -184,8 +184,8 @@ class InterpCallback(Output):
         self.resting = True
         self.release()
         self.say_once(
-            f"{type(self).__name__} failed in {hook} with {type(error).__name__}: {error}. Training goes on without "
-            f'it. Set on_error="raise" to see where it comes from.'
+            f"{type(self).__name__} failed in {hook} with {type(error).__name__}: {str(error).rstrip('.')}. Training "
+            'goes on without it. Set on_error="raise" to see where it comes from.'
         )
 
     def _give_up(self, trainer: Trainer, error: UnreadableError | CheckpointedError) -> None:

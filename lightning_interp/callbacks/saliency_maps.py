@@ -16,8 +16,9 @@ from lightning_interp.callbacks._verdicts import TARGETS, Target, captions, chec
 from lightning_interp.callbacks.base import OnError
 from lightning_interp.callbacks.scores import ScoreModel, read_regression
 from lightning_interp.functional.faithfulness import Faithfulness, concentration, faithfulness, inside
-from lightning_interp.functional.gradients import CheckpointedError, NoFeatureMapsError
+from lightning_interp.functional.gradients import CheckpointedError
 from lightning_interp.functional.saliency import METHODS, Explanation, SaliencyOptions, explain, unseen_message
+from lightning_interp.functional.spatial import NoFeatureMapsError
 from lightning_interp.render.color import denormalise
 from lightning_interp.render.sheets import frame, heat, overlay, sheet, strip_sheet
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from lightning_interp.callbacks.batches import NoScoresError, UnreadableError
 from lightning_interp.functional.own_state import call_with, places_of
+from lightning_interp.functional.spatial import NoFeatureMapsError
 
 __all__ = [
     "Regression",
@@ -75,12 +76,12 @@ class ScoreModel(nn.Module):
         """
         try:
             output = self._call(images)
-        except (torch.OutOfMemoryError, UnreadableError):
+        except (torch.OutOfMemoryError, UnreadableError, NoFeatureMapsError):
             raise
         except Exception as error:
             raise NoScoresError(
                 f"Calling {type(self.module).__name__} with images {tuple(images.shape)} raised "
-                f"{type(error).__name__}: {error}. {_WAY_OUT}"
+                f"{type(error).__name__}: {str(error).rstrip('.')}. {_WAY_OUT}"
             ) from error
         scores = read_scores(output, len(images))
         return scores.float() if scores.dtype in _HALF else scores

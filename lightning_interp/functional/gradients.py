@@ -12,14 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_interp.functional.baselines import check_scores, target_scores
-from lightning_interp.functional.spatial import FeatureMaps
+from lightning_interp.functional.spatial import FeatureMaps, NoFeatureMapsError
 
 Choose = Callable[[Tensor], Tensor]
 """Scores (N, classes) to targets (N,)."""
-
-
-class NoFeatureMapsError(ValueError):
-    """Grad-CAM needs feature maps with positions, and the model makes none."""
 
 
 class CheckpointedError(RuntimeError):

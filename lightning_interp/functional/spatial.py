@@ -21,6 +21,10 @@ _FOLLOWED = (
 )
 
 
+class NoFeatureMapsError(ValueError):
+    """Grad-CAM needs feature maps with positions, and the model, or the layer that was named, makes none."""
+
+
 class FeatureMaps(TorchFunctionMode):
     """Enter it around a forward; then `maps` holds (N, K, h, w).
 
@@ -66,7 +70,9 @@ class FeatureMaps(TorchFunctionMode):
     def _keep(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not isinstance(output, Tensor) or output.ndim != 4:
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(f"Expected `layer` to be one whose output is (N, K, h, w), but its output is {shape}.")
+            raise NoFeatureMapsError(
+                f"Expected `layer` to be one whose output is (N, K, h, w), but its output is {shape}."
+            )
         self.maps = output
         return output.clone()  # what follows may write over it: an in-place ReLU
 

@@ -174,9 +174,9 @@ def _per_channel(argument: str, numbers: Sequence[float] | None, default: float,
     """(C or 1, 1, 1)."""
     given = np.asarray([default] if numbers is None else list(numbers), dtype=np.float64)
     if given.size not in (1, images.shape[1]):
-        raise ValueError(
-            f"Expected `{argument}` to hold 1 or {images.shape[1]} numbers, one for each channel, but got {given.size}."
-        )
+        channels = images.shape[1]
+        right = "1 number" if channels == 1 else f"1 or {channels} numbers"
+        raise ValueError(f"Expected `{argument}` to hold {right}, one for each channel, but got {given.size}.")
     return given.reshape(-1, 1, 1)
 
 

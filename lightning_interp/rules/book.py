@@ -152,7 +152,8 @@ def check_rules(rules: Any) -> list[Rule]:
         raise expected("rules", "a list of rules", rules)
     checked = list(rules)
     if not all(isinstance(rule, Rule) for rule in checked):
-        raise expected("rules", "a list of rules", checked)
+        classes = [rule.__name__ for rule in checked if isinstance(rule, type) and issubclass(rule, Rule)]
+        raise expected("rules", "a list of rules", checked, f"Call {classes[0]}()." if classes else "")
     names = [rule.name for rule in checked]
     for name in names:
         if names.count(name) > 1:

@@ -407,6 +407,10 @@ def test_options_come_from_yaml():
         ({"samples": (torch.zeros(2, 1, 4, 4), torch.zeros(3))}, r"but got \(\(2, 1, 4, 4\), \(3,\)\)"),
         ({"mean": "0.5"}, "argument `mean` to be a list of numbers"),
         ({"std": [None]}, "argument `std` to be a list of positive numbers"),
+        ({"mean": [0.5] * 3, "std": [0.2] * 2}, "`std` to be as long as `mean`, 3 numbers, one for each channel"),
+        ({"samples": torch.zeros(2, 1, 4, 4)}, r"but got a Tensor of shape \(2, 1, 4, 4\) and type torch.float32\.$"),
+        ({"samples": list(range(-1, 99))}, r"but got \[-1, 0, .*\.\.\.\.$"),
+        ({"classes": {"a", "b"}}, "argument `classes` to be a list of strings in the order of the labels"),
         ({"classes": "ab"}, "argument `classes` to be a list of strings"),
         ({"every_n_epochs": 1, "every_n_train_steps": 1}, "exclude each other"),
         ({"name": "a/b"}, "argument `name` to be a non-empty string without a slash"),
@@ -422,6 +426,16 @@ def test_unknown_layer_is_refused_in_setup():
     """Before anything runs."""
     with pytest.raises(ArgumentError, match=r"No layer matches 'net\.33'.*Did you mean 'net\.3'"):
         fit([SaliencyMaps(method="grad_cam", layer="net.33")])
+
+
+def test_a_layer_without_feature_maps_costs_grad_cam_alone():
+    """The option is at fault, not the model."""
+    callback = maps(["gradient", "grad_cam"], layer="net.7")
+    with pytest.warns(
+        InterpWarning, match=r"goes on without grad_cam\. Expected `layer` to be one whose output is \(N"
+    ):
+        gallery, _, _ = fit([callback])
+    assert {"interp.saliency/gradient", "interp.saliency/gradient_strip"} == gallery.pictures.keys()
 
 
 def test_sharded_strategy_is_refused_in_setup_by_name():

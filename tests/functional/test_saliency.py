@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_interp.errors import ArgumentError, InterpWarning
-from lightning_interp.functional.gradients import CheckpointedError, NoFeatureMapsError
+from lightning_interp.functional.gradients import CheckpointedError
 from lightning_interp.functional.integrated_gradients import integrated_gradients, smooth_gradients
 from lightning_interp.functional.rectifiers import Rectifiers
 from lightning_interp.functional.saliency import METHODS, SaliencyOptions, explain, saliency_map, saliency_maps
-from lightning_interp.functional.spatial import FeatureMaps
+from lightning_interp.functional.spatial import FeatureMaps, NoFeatureMapsError
 from tests.functional.attribution_nets import (
     OTHERS,
     RELUS,

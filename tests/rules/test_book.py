@@ -136,6 +136,11 @@ def test_wrong_rules_are_refused(rules):
         AlertBook(rules)
 
 
+def test_a_rule_that_was_not_called_is_refused_with_what_to_do():
+    with pytest.raises(ArgumentError, match=r"Call Script\(\)\.$"):
+        AlertBook([Script])
+
+
 def test_wrong_patience_is_refused():
     with pytest.raises(ArgumentError, match="`patience`"):
         AlertBook([], patience=0)
