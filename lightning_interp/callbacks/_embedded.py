@@ -10,11 +10,12 @@ from torch.nn import functional as F
 
 from lightning_interp.callbacks import _ranks
 from lightning_interp.callbacks._points import Points
+from lightning_interp.callbacks._regression import read_regression
 from lightning_interp.callbacks._rows import Rows
 from lightning_interp.callbacks.base import InterpCallback
 from lightning_interp.callbacks.batches import NoScoresError, UnreadableError
 from lightning_interp.callbacks.samples import FixedSamples
-from lightning_interp.callbacks.scores import ScoreModel, read_regression, read_targets
+from lightning_interp.callbacks.scores import ScoreModel, read_targets
 from lightning_interp.functional.embeddings import EmbeddingPlace, NoEmbeddingError, embedding_tap, find_embedding
 
 _THUMBNAIL = 48  # pixels of the longer side, at most

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lightning_interp.callbacks._embedded import Embedded
 from lightning_interp.callbacks._influential import usable
+from lightning_interp.callbacks._regression import about_classes
 from lightning_interp.callbacks._sample_losses import SampleLosses
 from lightning_interp.callbacks._sample_order import SampleOrder
-from lightning_interp.callbacks.scores import about_classes
 from lightning_interp.functional.mislabeled import LabelVotes, Suspects, label_votes, rank_suspects, suspicion
 from lightning_interp.functional.wrong_labels import WrongLabels, wrong_label_share
 

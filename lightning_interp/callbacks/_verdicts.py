@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_interp._options import expected
-from lightning_interp.callbacks.scores import class_probabilities, read_regression, read_targets, sample_losses
+from lightning_interp.callbacks._regression import read_regression
+from lightning_interp.callbacks.scores import class_probabilities, read_targets, sample_losses
 from lightning_interp.render.color import RIGHT, WRONG
 from lightning_interp.render.text import INK, Segment
 

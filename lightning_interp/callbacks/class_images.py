@@ -10,10 +10,11 @@ from torch import Tensor
 
 from lightning_interp._options import check_at_least, check_choice, check_positive_int, expected
 from lightning_interp.callbacks._lightning import LightningModule, Trainer
+from lightning_interp.callbacks._regression import read_regression
 from lightning_interp.callbacks._sampled import SampledCallback
 from lightning_interp.callbacks.base import OnError
 from lightning_interp.callbacks.batches import NoClassesError
-from lightning_interp.callbacks.scores import ScoreModel, read_regression
+from lightning_interp.callbacks.scores import ScoreModel
 from lightning_interp.errors import ArgumentError
 from lightning_interp.functional.class_images import METHODS, ClassEvidence, Method, class_evidence, maximize_class
 from lightning_interp.render.color import Pixels, denormalise

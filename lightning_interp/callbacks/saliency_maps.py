@@ -11,10 +11,11 @@ from torch import Tensor
 
 from lightning_interp._options import check_at_least, check_choice, check_positive_int, check_strings, expected, select
 from lightning_interp.callbacks._lightning import LightningModule, Trainer
+from lightning_interp.callbacks._regression import read_regression
 from lightning_interp.callbacks._sampled import SampledCallback
 from lightning_interp.callbacks._verdicts import TARGETS, Target, captions, check_baseline, choose_targets, verdicts
 from lightning_interp.callbacks.base import OnError
-from lightning_interp.callbacks.scores import ScoreModel, read_regression
+from lightning_interp.callbacks.scores import ScoreModel
 from lightning_interp.functional.faithfulness import Faithfulness, concentration, faithfulness, inside
 from lightning_interp.functional.gradients import CheckpointedError
 from lightning_interp.functional.saliency import METHODS, Explanation, SaliencyOptions, explain, unseen_message

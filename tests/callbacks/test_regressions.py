@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_interp import Interp, OcclusionMaps, SaliencyMaps
 from lightning_interp.callbacks import occlusion_maps, saliency_maps
+from lightning_interp.callbacks._regression import read_regression
 from lightning_interp.callbacks._verdicts import captions, choose_targets, verdicts
-from lightning_interp.callbacks.scores import read_regression, read_scores, read_targets
+from lightning_interp.callbacks.scores import read_scores, read_targets
 from lightning_interp.errors import InterpWarning
 from tests.callbacks.attribution_kit import Gallery
 from tests.contract.conftest import _without_chatter  # noqa: F401 - a fixture for all tests here
