@@ -1,5 +1,6 @@
 """Nothing kills a run but what the user asked for, and nothing stays behind when something else does."""
 
+import os
 import pickle
 import shutil
 import signal
@@ -444,6 +445,47 @@ def test_events_of_the_user_are_written_once_there_is_room_again(tmp_path):
     assert said
     tags = [value.tag for event in summaries(Path(board.log_dir)) for value in event.summary.value]
     assert "late" in tags
+
+
+def with_tensorboard_x(folder):
+    """A logger of the user's own that writes through tensorboardX."""
+    writers = pytest.importorskip("tensorboardX")
+
+    class Board(pl.loggers.TensorBoardLogger):
+        @property
+        def experiment(self):
+            if self._experiment is None:
+                self._experiment = writers.SummaryWriter(self.log_dir)
+            return self._experiment
+
+    return Board(folder)
+
+
+class Fills(pl.Callback):
+    """Puts a full device in the place of the open event file after the first epoch, and takes it away in the last."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        events = trainer.logger.experiment.file_writer.event_writer._ev_writer
+        number = events._py_recordio_writer._writer.fileno()
+        if trainer.current_epoch == 0:
+            self.room, self.full = os.dup(number), os.open("/dev/full", os.O_WRONLY)
+        elif trainer.current_epoch in {1, 3}:
+            os.dup2(self.full if trainer.current_epoch == 1 else self.room, number)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_events_that_tensorboard_x_cannot_write_do_not_end_the_run_nor_hang_it(tmp_path):
+    """Its thread dies of a full disk, and whoever has more than ten events for it waits for ever."""
+    error, said, batches = fit_on_a_broken_disk(Late(), [Fills(), Interp()], with_tensorboard_x(tmp_path))
+    assert error is None
+    assert batches == 16
+    assert said
+    assert len(said) == len(set(said))
+    assert all("No space left" in message for message in said)
+    values = [(value.tag, event.step) for event in summaries(tmp_path) for value in event.summary.value]
+    assert ("late", 12) in values
+    assert len(values) == len(set(values))
+    assert "interp.dead_filters/00_net.0" in {tag for tag, _ in values}
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that nobody can write to")
