@@ -32,7 +32,7 @@ IN_BATCH = frozenset(
 )
 # Of what `state_dict` gives; to be counted up when an older version of this package could not read it. A state without
 # one was written before there was a count: schema 1.
-SCHEMA = 2
+SCHEMA = 3
 HOOKS = IN_BATCH | frozenset(
     (
         "setup",

@@ -36,6 +36,11 @@ def _alone(trainer: Any) -> bool:
     return trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized())
 
 
+def _copy(trainer: Any, values: Tensor) -> Tensor:
+    """On the device of the rank; collectives write into what they are given, which the caller may need again."""
+    return values.to(trainer.strategy.root_device, copy=True)
+
+
 def agree(trainer: Any, *, ready: bool, size: int) -> bool:
     """Whether every rank is ready, with the same size. Every rank must call it, also one that has failed."""
     if _alone(trainer):
@@ -50,7 +55,7 @@ def from_zero(trainer: Any, values: Tensor) -> Tensor:
     """What rank zero has, on the CPU. Every rank must call it, with a tensor of the same size and type."""
     if _alone(trainer):
         return values.cpu()
-    shared = values.to(trainer.strategy.root_device)
+    shared = _copy(trainer, values)
     dist.broadcast(shared, src=0)
     return shared.cpu()
 
@@ -59,7 +64,7 @@ def highest(trainer: Any, values: Tensor) -> Tensor:
     """Element-wise maximum over ranks, on the CPU; after `agree` only."""
     if _alone(trainer):
         return values.cpu()
-    mine = values.to(trainer.strategy.root_device)
+    mine = _copy(trainer, values)
     dist.all_reduce(mine, op=dist.ReduceOp.MAX)
     return mine.cpu()
 
@@ -68,6 +73,6 @@ def total(trainer: Any, values: Tensor) -> Tensor:
     """Element-wise sum over ranks, on the CPU; after `agree` only."""
     if _alone(trainer):
         return values.cpu()
-    mine = values.to(trainer.strategy.root_device)
+    mine = _copy(trainer, values)
     dist.all_reduce(mine, op=dist.ReduceOp.SUM)
     return mine.cpu()

@@ -36,7 +36,8 @@ class ActivationSparsity(InterpCallback):
 
     Sampled: the first batch of the training, then in each epoch the sixth and every 50th after it (of an epoch that is
     shorter, or of unknown length, the first and every 50th; with a step schedule the batches that are due). High
-    sparsity is no fault in itself; `DeadFilters` tells what is.
+    sparsity is no fault in itself; `DeadFilters` tells what is. Each activation counts the same, whatever the sizes of
+    the batches, and on whichever rank.
 
     Logs:
         `interp.sparsity/<NN>_<layer>`: share of zeros over channels and positions, in [0, 1].
@@ -98,7 +99,8 @@ class ActivationSparsity(InterpCallback):
         self._reset()
 
     def _reset(self) -> None:
-        self._fractions: dict[str, tuple[Tensor, int]] = {}  # sum over the batches, and their number
+        self._zeros: dict[str, tuple[Tensor, int]] = {}  # zeros of each channel, and values of each
+        self._older: dict[str, tuple[Tensor, int]] = {}  # of a checkpoint that did not count values: mean, batches
         self._images: Tensor | None = None
         self._sparsity = float("nan")
         self._observer: Observer | None = None
@@ -211,32 +213,42 @@ class ActivationSparsity(InterpCallback):
     def _read(self, end: End) -> None:
         if end.activation is not None and self._wanted(end.unit):
             channels = end.layout.channels_first(end.tensor)
-            fraction = zero_fraction(channels)
-            total, count = self._fractions.get(end.unit, (fraction, 0))
-            if count and total.shape == fraction.shape:  # else new, or replaced by the user since the last report
-                # What a checkpoint brought back lies on the CPU.
-                self._fractions[end.unit] = (total.to(fraction.device) + fraction, count + 1)
-            else:
-                self._fractions[end.unit] = (fraction, 1)
+            values = channels.shape[0] * channels.shape[2]
+            zeros = zero_fraction(channels) * values
+            kept = [self._zeros[end.unit]] if end.unit in self._zeros else []
+            if end.unit in self._older:
+                mean, batches = self._older.pop(end.unit)
+                kept.append((mean * (batches * values), batches * values))  # as if they had been like this one
+            for before, count in kept:
+                if before.shape == zeros.shape:  # else new, or replaced by the user since the last report
+                    zeros = zeros + before.to(zeros.device)  # what a checkpoint brought back lies on the CPU
+                    values += count
+            self._zeros[end.unit] = (zeros, values)
+
+    def _sampled_so_far(self) -> dict[str, tuple[Tensor, int]]:
+        older = {name: (mean * batches, batches) for name, (mean, batches) in self._older.items()}
+        return {**older, **self._zeros}
 
     def _report(self, trainer: Trainer, *, step: int) -> None:
         """Reduces over ranks and logs. Every rank gets here at the same steps."""
-        fractions, self._fractions = self._fractions, {}
+        zeros, self._zeros, self._older = self._sampled_so_far(), {}, {}
         self.wait_for_training(trainer)
-        means = {}
+        parts = [part for part, _ in zeros.values()]
 
         def evidence() -> Tensor:
-            for name, (total, count) in fractions.items():
-                means[name] = total / count
+            if not parts:
+                return torch.empty(0)
+            counts = torch.tensor([count for _, count in zeros.values()], dtype=torch.float64)
             # One transfer for all layers.
-            return torch.cat(list(means.values())).double() if means else torch.empty(0)
+            return torch.cat([torch.cat([part.to(parts[-1].device) for part in parts]).cpu().double(), counts])
 
-        flat = _ranks.total(trainer, self.meet(trainer, evidence)) / trainer.world_size
+        flat = _ranks.total(trainer, self.meet(trainer, evidence))
         self._look_for_hidden(trainer)
-        if not means:
+        if not parts:
             return
-        parts = torch.split(flat, [len(mean) for mean in means.values()])
-        by_layer = dict(zip(means, parts, strict=True))
+        *sums, counts = torch.split(flat, [*(len(part) for part in parts), len(parts)])
+        shares = [(part / count).clamp(max=1.0) for part, count in zip(sums, counts, strict=True)]  # but for rounding
+        by_layer = dict(zip(zeros, shares, strict=True))
         values = {name: part.mean().item() for name, part in by_layer.items()}
         self.log_layers(trainer, "sparsity", values, step=step)
         self._sparsity = sum(values.values()) / len(values)
@@ -278,15 +290,16 @@ class ActivationSparsity(InterpCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """What was sampled since the last report."""
-        fractions = {name: [total.cpu(), count] for name, (total, count) in self._fractions.items()}
-        return {"fractions": fractions, "sparsity": self._sparsity}
+        zeros = {name: [part.cpu(), count] for name, (part, count) in self._sampled_so_far().items()}
+        return {"zeros": zeros, "sparsity": self._sparsity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        fractions = state_dict["fractions"]
+        self._zeros = {name: (part, count) for name, (part, count) in state_dict.get("zeros", {}).items()}
+        fractions = state_dict.get("fractions", {})  # schema 2: their sum over the batches, and the number of these
         if state_dict.get("schema", 1) < 2:  # the batches themselves
             fractions = {name: (torch.stack(batches).sum(0), len(batches)) for name, batches in fractions.items()}
-        self._fractions = {name: (total, count) for name, (total, count) in fractions.items()}
+        self._older = {name: (total / count, count) for name, (total, count) in fractions.items()}
         self._sparsity = state_dict["sparsity"]
 
     # ------------------------------------------------------------------ pictures

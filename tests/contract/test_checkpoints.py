@@ -438,8 +438,7 @@ def _without_schema(state):
         return state
     older = {key: _without_schema(value) for key, value in state.items() if key != "schema"}
     if "sparsity" in older:
-        fractions = older["fractions"].items()
-        older["fractions"] = {name: [total / count] * count for name, (total, count) in fractions}
+        older["fractions"] = {name: [zeros / count] for name, (zeros, count) in older.pop("zeros").items()}
         older["version"] = 1
     return older
 

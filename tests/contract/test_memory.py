@@ -229,7 +229,7 @@ def test_sampled_sparsity_is_summed_up_and_not_collected():
 
     class Sizes(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            tensors = [part for value in sparsity._fractions.values() for part in value]
+            tensors = [part for value in sparsity._zeros.values() for part in value]
             sizes.append(sum(part.numel() for part in tensors if isinstance(part, torch.Tensor)))
 
     trainer = quiet_trainer(callbacks=[sparsity, Sizes()], max_epochs=1)
