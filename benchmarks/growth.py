@@ -14,7 +14,8 @@ fits of tiny networks that log to TensorBoard; a cost that grows with the square
 - *Memory*: its state as it lies in a checkpoint, after as many epochs. `History` is what the rules read.
 
 The *exponent* is the slope of a line through log(cost) over log(size), over the three largest sizes, if their cost is
-above the floor of 5 ms: 1 is linear, 0 is a cost that stays.
+above the floor of 5 ms: 1 is linear, 0 is a cost that stays. The promise is linear or better; where an exponent is above
+1.25, which leaves room for noise, that is named at the end, and the exit status is 1. (One of `--quick` says little.)
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import io
 import logging
 import math
 import pickle
+import sys
 import tempfile
 import time
 import warnings
@@ -45,7 +47,8 @@ from lightning_interp.callbacks.base import InterpCallback
 from lightning_interp.callbacks.session import Session
 from lightning_interp.rules import AlertBook, History, default_rules
 
-FLOOR, LINEAR = 5e-3, 1.1  # seconds; exponent up to which a cost is called linear
+FLOOR = 5e-3  # seconds
+LINEAR, PROMISED = 1.1, 1.25  # exponents: up to which a cost is called linear, and above which the promise is broken
 CLASSES, SIDE, BATCH, FILTERS = 3, 8, 4, 4
 SIZES = {
     "layers": (8, 32, 125, 500),
@@ -238,21 +241,35 @@ def milliseconds(values: Mapping[int, float]) -> str:
     return ", ".join(f"{size}: {1000 * value:.3g}" for size, value in values.items())
 
 
-def growth_rows(sizes: Mapping[str, tuple[int, ...]], names: list[str]) -> Iterator[str]:
-    """One row for each callback and dimension."""
+def growths(sizes: Mapping[str, tuple[int, ...]], names: list[str]) -> Iterator[tuple[str, str, dict[int, float]]]:
+    """Name, dimension and cost by size, of each callback and dimension."""
     for name in names:
         dimensions = ["layers", "filters"] + (["images"] if CALLBACKS[name][1] else [])
         for dimension in dimensions:
-            costs = {size: cost(name, dimension, size) for size in sizes[dimension]}
-            yield _row(name, dimension, costs)
+            yield name, dimension, {size: cost(name, dimension, size) for size in sizes[dimension]}
     look = "five looks of all rules"
-    yield _row(look, "layers", {size: look_cost(size, max(sizes["epochs"])) for size in sizes["layers"]})
-    yield _row(look, "epochs", {size: look_cost(max(sizes["layers"]) // 10, size) for size in sizes["epochs"]})
+    yield look, "layers", {size: look_cost(size, max(sizes["epochs"])) for size in sizes["layers"]}
+    yield look, "epochs", {size: look_cost(max(sizes["layers"]) // 10, size) for size in sizes["epochs"]}
 
 
-def _row(name: str, dimension: str, costs: Mapping[int, float]) -> str:
+def growth_row(name: str, dimension: str, costs: Mapping[int, float]) -> str:
+    """For the table."""
     slope = exponent(costs)
     return f"| {name} | {dimension} | {milliseconds(costs)} | {'' if slope is None else slope} | {verdict(slope)} |"
+
+
+def broken_promise(name: str, dimension: str, costs: Mapping[int, float]) -> str | None:
+    """In words what grows faster than promised, or None.
+
+    Example:
+        >>> broken_promise("FilterGrid", "layers", {10: 0.01, 100: 0.1, 1000: 1.0})
+        >>> broken_promise("FilterGrid", "layers", {10: 0.01, 100: 1.0, 1000: 100.0})
+        'FilterGrid grows with the layers to the power of 2.0, where at most 1.25 is promised'
+    """
+    slope = exponent(costs)
+    if slope is None or slope <= PROMISED:
+        return None
+    return f"{name} grows with the {dimension} to the power of {slope}, where at most {PROMISED} is promised"
 
 
 def epoch_rows(marks: tuple[int, ...], names: list[str], seconds: float) -> Iterator[str]:
@@ -267,8 +284,8 @@ def epoch_rows(marks: tuple[int, ...], names: list[str], seconds: float) -> Iter
         yield f"| {name} | {milliseconds(costs)} | {own} | {history} |"
 
 
-def main() -> None:
-    """Prints two tables in Markdown."""
+def main() -> int:
+    """Prints two tables in Markdown, and what is broken on the error stream; gives the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     parser.add_argument("--only", nargs="+", choices=CALLBACKS, default=list(CALLBACKS))
@@ -280,12 +297,17 @@ def main() -> None:
     sizes = QUICK if options.quick else SIZES
     fit(options.only[0], [FILTERS] * 2)  # imports, and the first use of everything
     print("| callback | grows | CPU ms by size | exponent | |\n|---|---|---|---|---|")
-    for row in growth_rows(sizes, options.only):
-        print(row, flush=True)
+    broken = []
+    for growth in growths(sizes, options.only):
+        print(growth_row(*growth), flush=True)
+        broken += [problem] if (problem := broken_promise(*growth)) is not None else []
     print("\n| callback | CPU ms an epoch, by epoch | own state, KiB | history, KiB |\n|---|---|---|---|")
     for row in epoch_rows(sizes["epochs"], options.only, options.seconds):
         print(row, flush=True)
+    for problem in broken:
+        print(problem, file=sys.stderr)
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
