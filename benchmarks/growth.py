@@ -14,8 +14,8 @@ fits of tiny networks that log to TensorBoard; a cost that grows with the square
 - *Memory*: its state as it lies in a checkpoint, after as many epochs. `History` is what the rules read.
 
 The *exponent* is the slope of a line through log(cost) over log(size), over the three largest sizes, if their cost is
-above the floor of 5 ms: 1 is linear, 0 is a cost that stays. The promise is linear or better; where an exponent is above
-1.25, which leaves room for noise, that is named at the end, and the exit status is 1. (One of `--quick` says little.)
+above the floor of 5 ms: 1 is linear, 0 is a cost that stays. The promise is linear or better; an exponent
+above 1.25, which leaves room for noise, is named at the end, and the exit status is 1. (Those of `--quick` say little.)
 """
 
 from __future__ import annotations

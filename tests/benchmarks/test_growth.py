@@ -1,6 +1,7 @@
-"""The benchmark of growth fails where something grows faster than promised, and says what; with costs that are made up."""
+"""The benchmark of growth fails where something grows faster than promised, and says what; by costs made up."""
 
 import pytest
+
 from benchmarks import growth
 
 
