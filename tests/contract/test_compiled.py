@@ -153,6 +153,7 @@ COMPILERS = [
     ("aot_eager", called_before),
     ("aot_eager", hidden),
     pytest.param("inductor", child, marks=needs_cxx),
+    pytest.param("inductor", lightning_module, marks=needs_cxx),
     pytest.param("inductor", all_hidden, marks=needs_cxx),
 ]
 
