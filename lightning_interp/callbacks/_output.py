@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from lightning_interp.callbacks.session import Session
 from lightning_interp.errors import InterpWarning
 from lightning_interp.records import Image, Record, Scalar
 from lightning_interp.rules.history import History
+
+# Tags of one quantity. TensorBoard sends and draws all of a group at once, and its event file is read from the start.
+MOST_LAYERS = 1000
 
 
 class Output(CallbackBase):
@@ -69,6 +72,10 @@ class Output(CallbackBase):
     def _suffix(self) -> str:
         return f".{self.name}" if self.name else ""
 
+    def shown_layers(self, trainer: Trainer, layers: Sequence[str]) -> list[str]:
+        """Those of these layers that get tags of their own, spread over the depth and always the same."""
+        return spread(layers, min(self.max_layers, MOST_LAYERS))
+
     def log_layers(  # noqa: PLR0913
         self,
         trainer: Trainer,
@@ -93,7 +100,7 @@ class Output(CallbackBase):
         if note:
             for layer, value in values.items():
                 self.notebook(trainer).record(quantity, value, step=step, layer=layer)
-        shown = spread(list(values), self.max_layers)
+        shown = self.shown_layers(trainer, list(values))
         self.write(
             trainer,
             [
@@ -120,7 +127,7 @@ class Output(CallbackBase):
             step: Step on the axis of `self.log`.
         """
         session = Session.of(trainer)
-        for layer in spread(list(pictures), self.max_layers):
+        for layer in self.shown_layers(trainer, list(pictures)):
             picture = pictures[layer]
             pixels = picture() if callable(picture) else picture
             self.write(trainer, [Image(tag=session.layer_tag(quantity, layer, self.name), step=step, pixels=pixels)])

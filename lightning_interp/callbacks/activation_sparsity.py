@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_interp._options import check_bool, check_positive_int, check_scaling, select, spread
+from lightning_interp._options import check_bool, check_positive_int, check_scaling, select
 from lightning_interp.callbacks import _ranks
 from lightning_interp.callbacks._activation_maps import activation_maps
 from lightning_interp.callbacks._lightning import LightningModule, Trainer, accumulates
@@ -265,7 +265,7 @@ class ActivationSparsity(InterpCallback):
                     counts=np.histogram(by_layer[name].numpy(), bins=edges)[0].astype(np.float64),
                     edges=edges,
                 )
-                for name in spread(list(by_layer), self.max_layers)
+                for name in self.shown_layers(trainer, list(by_layer))
             ],
         )
 

@@ -19,7 +19,7 @@ from lightning_interp._options import check_choice, check_positive_int, check_st
 from lightning_interp.callbacks import _ranks
 from lightning_interp.callbacks._guarding import HOOKS, IN_BATCH, STATE, guarded, guarded_state
 from lightning_interp.callbacks._lightning import LightningModule, Trainer, accumulates, axis_step
-from lightning_interp.callbacks._output import Output
+from lightning_interp.callbacks._output import MOST_LAYERS, Output
 from lightning_interp.callbacks.batches import UnreadableError
 from lightning_interp.callbacks.guard import shapeless
 from lightning_interp.callbacks.schedule import ALWAYS, BatchHooks, Schedule
@@ -299,6 +299,17 @@ class InterpCallback(Output):
     def step_of(self, trainer: Trainer) -> int:
         """Step on the axis of `self.log`; 0 before training."""
         return axis_step(trainer)
+
+    def shown_layers(self, trainer: Trainer, layers: Sequence[str]) -> list[str]:
+        """As in `Output`; where more were asked for than there can be, that is said."""
+        if min(len(layers), self.max_layers) > MOST_LAYERS:
+            self.say_for_all(
+                trainer,
+                "too many layers",
+                f"shows {MOST_LAYERS:,} layers, spread over the depth, though `max_layers={self.max_layers}` asks for "
+                "more: TensorBoard can't be used with so many tags. Aggregates and alerts hold all; `layers` chooses.",
+            )
+        return super().shown_layers(trainer, layers)
 
     def choose_layers(self, available: Sequence[str]) -> list[str]:
         """Applies the option `layers`."""

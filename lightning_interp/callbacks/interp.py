@@ -137,7 +137,7 @@ class Interp(Family):
             budget: Share of the training time in (0, 1], 0.02 for two percent, that all of it may take; None does not
                 look at the time.
             layers: Names or globs of the layers to look at, as in `named_modules()`; None takes all that apply.
-            max_layers: Most layers with scalars and pictures of their own; aggregates always hold all.
+            max_layers: Most layers with scalars and pictures of their own, 1,000 at most; aggregates always hold all.
             mean: Per channel, to show normalised images in true colours.
             std: Per channel, likewise.
             classes: Names of the classes.

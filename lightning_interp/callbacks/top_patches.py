@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_interp._options import check_bool, check_numbers, check_positive_int, select, spread
+from lightning_interp._options import check_bool, check_numbers, check_positive_int, select
 from lightning_interp.callbacks import _ranks
 from lightning_interp.callbacks._excited import Excited, firing, images_of, index_of, turnover_of
 from lightning_interp.callbacks._lightning import LightningModule, Trainer
@@ -199,7 +199,7 @@ class TopPatches(InterpCallback):
         self._run.excited.begin_batch(len(images_of(pl_module, batch)))
         observer = Session.of(trainer).observer
         self._run.observer = observer
-        chosen = self._chosen(observer.units) or None
+        chosen = self._chosen(trainer, observer.units) or None
         observer.open(self._run.excited.read, chosen, count=self.count_seconds)
 
     def on_validation_batch_end(  # noqa: PLR0913, PLR0917 - Lightning's signature
@@ -217,7 +217,7 @@ class TopPatches(InterpCallback):
         observer, self._run.observer = self._run.observer, None
         observer.close_reader(self._run.excited.read)
         images = images_of(pl_module, batch) if index_of(trainer) is None else None
-        self._run.excited.end_batch(images, self._chosen(observer.units))
+        self._run.excited.end_batch(images, self._chosen(trainer, observer.units))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reduces over ranks, and shows."""
@@ -226,7 +226,7 @@ class TopPatches(InterpCallback):
         self.wait_for_training(trainer)
         run, self._run = self._run, None
         units = Session.of(trainer).observer.units
-        names, error, packed = self._chosen(units), None, torch.empty(0)
+        names, error, packed = self._chosen(trainer, units), None, torch.empty(0)
         try:
             packed = run.excited.pack(names, {name: units[name].num_filters for name in names})
         except Exception as problem:  # raised again once the ranks know
@@ -250,7 +250,7 @@ class TopPatches(InterpCallback):
     def _never_seen(self, trainer: Trainer, pl_module: LightningModule, excited: Excited) -> bool:
         """Whether the loop calls its layers in a compiled function: from now on, an eager pass is made instead."""
         units = Session.of(trainer).observer.units
-        if units and all(layer in excited.grids for layer in self._chosen(units)):
+        if units and all(layer in excited.grids for layer in self._chosen(trainer, units)):
             return False
         hidden = hidden_layers(trainer, pl_module)
         if hidden and trainer.is_global_zero:
@@ -278,7 +278,7 @@ class TopPatches(InterpCallback):
                 del output
                 if tracer.error is not None:
                     raise tracer.error
-                excited.end_batch(images, self._chosen(units))
+                excited.end_batch(images, self._chosen(trainer, units))
         self._show(trainer, pl_module, excited.rankings(), excited, step=step)
         self.log_cost(trainer, step=step)
 
@@ -296,11 +296,11 @@ class TopPatches(InterpCallback):
             _ranks.agree(trainer, ready=False, size=0)
             self._agreed_to_rest = True
 
-    def _chosen(self, units: dict[str, Unit]) -> list[str]:
+    def _chosen(self, trainer: Trainer, units: dict[str, Unit]) -> list[str]:
         """The layers that are shown; none as long as none are known."""
         names = [name for name, unit in units.items() if unit.counts]
         patterns = ["*"] if self.layers is None else self.layers
-        return spread([n for n in names if any(fnmatchcase(n, p) for p in patterns)], self.max_layers)
+        return self.shown_layers(trainer, [n for n in names if any(fnmatchcase(n, p) for p in patterns)])
 
     # ------------------------------------------------------------------ output
 
@@ -316,7 +316,7 @@ class TopPatches(InterpCallback):
         """Pictures and turnover of all layers, on rank zero."""
         session = Session.of(trainer)
         turnover: dict[str, float] = {}
-        chosen = self._chosen(session.observer.units)
+        chosen = self._chosen(trainer, session.observer.units)
         if not chosen:
             self.say_once(f"TopPatches has nothing to show: none of the layers has filters that {_WATCHED} reached.")
         for layer in chosen:
