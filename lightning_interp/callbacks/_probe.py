@@ -159,6 +159,11 @@ class SameBatchProbe:
     # ------------------------------------------------------------------ after the update
 
     @property
+    def seconds(self) -> float:
+        """What recording took, inside the user's step."""
+        return self._tape.seconds
+
+    @property
     def error(self) -> Exception | None:
         """What went wrong while recording; nothing of it was raised in the user's code."""
         return self._tape.error

@@ -37,6 +37,7 @@ class Prober:
         self._patience = 0
         self._updates: UpdateProbe | None = None
         self._same_batch: SameBatchProbe | None = None
+        self._seconds = 0.0
         self._rate: float | Tensor = float("nan")
         self._hidden = False  # in a compiled function, which each new hook would have compiled anew
 
@@ -146,6 +147,12 @@ class Prober:
         probe, self._same_batch, self._updates = self._same_batch, None, None
         if probe is not None:
             probe.detach()
+            self._seconds += probe.seconds
+
+    def take_seconds(self) -> float:
+        """What the probes have taken inside the user's steps since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
 
 def _gradient_scale(trainer: Any, optimizer: Any) -> float:

@@ -8,6 +8,7 @@ replay is exact or does not happen. `training_step` itself is never called again
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -85,11 +86,15 @@ class Tape(LossCapture):
 
     Args:
         device: Of the model; its generator and its autocast are remembered.
+
+    Attributes:
+        seconds: What recording took, inside the user's step.
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.entries: list[Entry] = []
+        self.seconds = 0.0
         self._device = device
         self._open: list[tuple[Entry | None, int]] = []
         self._made: dict[int, tuple[Tensor, int, Slot]] = {}  # strong: an identity must not be given away again
@@ -129,6 +134,7 @@ class Tape(LossCapture):
         """Runs our own code inside the user's step; an error of ours is kept in `error`, not raised there."""
         if self.error is not None or len(self.entries) >= _MOST_ENTRIES:
             return None
+        started = time.perf_counter()
         try:
             return work()
         except UntraceableError:
@@ -136,6 +142,8 @@ class Tape(LossCapture):
         except Exception as error:  # reported by whoever owns the tape
             self.error = error
             return None
+        finally:
+            self.seconds += time.perf_counter() - started
 
     def _record(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:
         """The call as it is before it runs: it may write over its arguments."""

@@ -205,6 +205,7 @@ class TrainingDynamics(InterpCallback):
             self._backlog.add("loss", step, {"loss": loss}, scale=scale, ends=not accumulates(trainer))
         if self._prober.busy:
             self._prober.finish(trainer, pl_module, None if loss is None else (loss, scale), batch)
+            self.count_seconds(self._prober.take_seconds())
             if self._prober.problem:
                 self.say_once(self._prober.problem)
         self._fetch(trainer, step)
