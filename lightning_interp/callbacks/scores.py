@@ -206,7 +206,7 @@ def class_probabilities(scores: Tensor, labels: Tensor | None = None) -> Tensor:
 
 
 def sample_losses(scores: Tensor, labels: Tensor | None) -> Tensor | None:
-    """Cross-entropy of each image (nats; the mean over classes for multi-label tasks), None without labels.
+    """Cross-entropy of each image (nats; the mean over classes for multi-label tasks), None without labels of classes.
 
     Returns:
         (N,), at least 0.
@@ -220,7 +220,7 @@ def sample_losses(scores: Tensor, labels: Tensor | None) -> Tensor | None:
 
 
 def _multi_label(scores: Tensor, labels: Tensor | None) -> bool:
-    if labels is None or labels.shape != scores.shape:
+    if labels is None or labels.shape != scores.shape or read_regression(scores, labels) is not None:
         return False
     return not torch.allclose(labels.double().sum(dim=1), torch.ones((), dtype=torch.float64, device=labels.device))
 

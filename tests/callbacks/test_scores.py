@@ -94,6 +94,7 @@ def test_probabilities_and_losses_follow_the_kind_of_labels():
     expected = F.binary_cross_entropy_with_logits(SCORES, many.float(), reduction="none").mean(1)
     torch.testing.assert_close(sample_losses(SCORES, many), expected)
     assert sample_losses(SCORES, None) is None
+    assert sample_losses(SCORES, 3.5 * SCORES) is None  # of a regression
 
 
 def test_the_loss_of_a_sure_prediction_is_written_without_a_sign():

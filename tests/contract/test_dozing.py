@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_interp import Alerts, Interp
+from lightning_interp.callbacks import training_dynamics
 from lightning_interp.callbacks._backlog import Backlog
 from lightning_interp.callbacks._family import Family
 from lightning_interp.callbacks._guarding import IN_BATCH
@@ -128,6 +129,18 @@ def test_what_is_measured_is_the_same_as_awake(returns, options, monkeypatch):
     assert results[0] == results[1]
     losses = results[0][0][0]["loss", None]
     assert len(losses) > 60
+
+
+def test_values_that_arrive_a_step_later_are_the_same_as_awake(monkeypatch):
+    """As on a GPU: the step after each fetch reads them."""
+    monkeypatch.setattr(training_dynamics, "_reads_later", lambda trainer: True)
+    interp = Interp(on_error="raise")
+    sight = Sight(interp)
+    results = [written(fit(interp, sight))]
+    assert all(sight.found[step] == {"on_train_batch_end"} for step in IDLE)
+    kept_awake(monkeypatch)
+    results.append(written(fit(Interp(on_error="raise"))))
+    assert results[0] == results[1]
 
 
 @pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch ended")
