@@ -192,13 +192,13 @@ class SameBatchProbe:
         return (calls[-1].num_classes or 0, calls[-1].value) if calls else None
 
     def measure(
-        self, returned: Tensor, updates: dict[int, Tensor], forward_context: AbstractContextManager[Any]
+        self, returned: Tensor, back: dict[int, Tensor], forward_context: AbstractContextManager[Any]
     ) -> dict[str, Tensor]:
         """The loss of the batch with the new weights.
 
         Args:
             returned: The loss that `training_step` returned.
-            updates: After minus before, by the id of the parameter.
+            back: Before minus after, by the id of the parameter.
             forward_context: Of the precision plugin.
 
         Returns:
@@ -215,8 +215,8 @@ class SameBatchProbe:
             again = self._tape.replay(slot)
         if again is None:
             return {}
-        keys = [key for key in self._gradients if key in updates]
-        fall = predicted_fall([self._gradients[key] for key in keys], [updates[key] for key in keys])
+        keys = [key for key in self._gradients if key in back]
+        fall = -predicted_fall([self._gradients[key] for key in keys], [back[key] for key in keys])
         return {"value": value, "again": again, "backward": self._loss, "fall": fall}
 
     @property

@@ -108,7 +108,7 @@ class Prober:
         measured = updates.after_step()
         if measured is None:
             return
-        tensors, notes, moved = measured
+        tensors, notes, back = measured
         notes |= {"trainable": updates.trainable, "in_optimizer": updates.in_optimizer}
         if isinstance(self._rate, Tensor):
             tensors["rate"] = self._rate
@@ -116,7 +116,7 @@ class Prober:
             notes["rate"] = self._rate
         if probe is not None and loss is not None:
             returned = loss[0] * loss[1]
-            tensors |= {"returned": returned, **self._again(trainer, probe, returned, moved)}
+            tensors |= {"returned": returned, **self._again(trainer, probe, returned, back)}
             # In manual optimisation another loss may go into backward than the one that is returned.
             notes["exact"] = probe.exact and bool(model.automatic_optimization)
             notes["resolution"] = probe.resolution
@@ -125,14 +125,14 @@ class Prober:
         self._backlog.add("probe", step, tensors, **notes)
 
     def _again(
-        self, trainer: Any, probe: SameBatchProbe, returned: Tensor, moved: dict[int, Tensor]
+        self, trainer: Any, probe: SameBatchProbe, returned: Tensor, back: dict[int, Tensor]
     ) -> dict[str, Tensor]:
         """The loss after the update; a model that can't be followed costs the step ratio and nothing else."""
         try:
             if probe.error is not None:
                 raise probe.error
             self._hidden = probe.unheard
-            return probe.measure(returned, moved, trainer.precision_plugin.forward_context())
+            return probe.measure(returned, back, trainer.precision_plugin.forward_context())
         except Exception as error:
             if self._strict:
                 raise

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_interp.functional.updates import copies, differences, tensor_norms
+from lightning_interp.functional.updates import copies, steps_back, tensor_norms
 
 
 def parameter_layers(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -97,17 +97,17 @@ class UpdateProbe:
 
         Returns:
             Tensors for the backlog: `before`, `update` (P,), `gradient` (G,); notes that say which is whose; the
-            updates by id of the parameter. None if no optimizer has stepped.
+            way back by id of the parameter, before minus after. None if no optimizer has stepped.
         """
         if not self._taken:
             return None
         with torch.no_grad():
             before = [self._before[id(p)] for p in self._taken]
-            updates = differences(self._taken, before)
-            device = self._gradients[0].device
+            lengths, device = tensor_norms(before), self._gradients[0].device
+            back = steps_back(before, self._taken)
             tensors = {
-                "before": tensor_norms(before),
-                "update": tensor_norms(updates),
+                "before": lengths,
+                "update": tensor_norms(back),
                 "gradient": torch.cat([norms.to(device) for norms in self._gradients]),
             }
         position = {id(p): index for index, p in enumerate(self._taken)}
@@ -122,4 +122,4 @@ class UpdateProbe:
             "graded": [position[key] for key in self._with_gradient],
             "held": [position[id(p)] for p in self._taken if id(p) not in {id(free) for free in self._free}],
         }
-        return tensors, notes, dict(zip(position, updates, strict=True))
+        return tensors, notes, dict(zip(position, back, strict=True))

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from lightning_interp.functional.updates import (
     copies,
-    differences,
     predicted_fall,
     relative_norm,
     step_ratio,
+    steps_back,
     tensor_norms,
     update_ratio,
 )
@@ -188,9 +188,12 @@ def test_copies_keep_each_bit_and_share_no_memory():
     assert copy[4] == 1.0
 
 
-def test_differences_are_after_minus_before():
-    """In the order of the arguments."""
+def test_steps_back_are_before_minus_after():
+    """In the memory of what was before, and the weights stay as they are."""
     after, before = _random(6), _random(7)
-    for got, a, b in zip(differences(after, before), after, before, strict=True):
-        assert torch.equal(got, a - b)
-    assert differences([], []) == copies([]) == []
+    kept, expected = copies(after), [b - a for a, b in zip(after, before, strict=True)]
+    back = steps_back(before, after)
+    assert all(torch.equal(got, value) for got, value in zip(back, expected, strict=True))
+    assert all(got is b for got, b in zip(back, before, strict=True))
+    assert all(torch.equal(a, k) for a, k in zip(after, kept, strict=True))
+    assert steps_back([], []) == copies([]) == []
