@@ -36,6 +36,7 @@ class Backlog:
 
     def __init__(self) -> None:
         """Starts empty."""
+        self.copies = False  # whether losses are copied: with manual optimization they may be the user's own buffer
         self._items: list[Item] = []
         self._noted: list[Any] = []  # losses that are no items yet, newer than all of those,
         self._noted_from = 0  # of the steps from this one on
@@ -55,6 +56,8 @@ class Backlog:
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor) and loss.requires_grad:
             loss = loss.detach()  # or all that it was computed from would be kept
+        if self.copies and isinstance(loss, Tensor):
+            loss = loss.detach().clone()
         self._noted.append(loss)
 
     def _take_notes(self) -> None:

@@ -90,6 +90,7 @@ class Family(InterpCallback):
         self._due: Collection[str] = ()  # hooks of this batch in which the family itself has something to do
         self._notes: list[tuple[InterpCallback, Note]] = []  # what is done while it dozes,
         self._left = self._last = 0  # for so many batches more, and up to this one
+        self._dozing = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets the last batch of the last run."""
@@ -145,6 +146,7 @@ class Family(InterpCallback):
         self._notes = [(child, note) for child, note in notes if note is not None]
         if len(self._notes) == len(notes):
             self._last, self._left = batch_idx + more, more
+            self._dozing = True
             vars(self).update(dict.fromkeys(IN_BATCH))
             vars(self)[_END] = self._while_dozing
 
@@ -155,21 +157,32 @@ class Family(InterpCallback):
 
         Not on the clock: looking at it would take as long as all else here.
         """
+        expected = self._last - self._left
+        if batch_idx != expected or not self._dozing or trainer.accumulate_grad_batches != 1:
+            # Another batch than the one that was foreseen: where the user takes the batches, their count stands or
+            # leaps; someone may have taken this callback away for a while, changed the Trainer, or kept this method.
+            self._wake()
+            type(self).on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx)
+            return
         for child, note in self._notes:
             if not child.resting:
                 try:
                     note(outputs)
                 except Exception as error:
                     stop(child, trainer, error, _END)
-        expected = self._last - self._left
         self._left -= 1
-        if self._left < 0 or batch_idx != expected:  # where the user takes the batches, their count stands or leaps
+        if self._left < 0:
             self._wake()
 
     def _wake(self) -> None:
-        if vars(self).get(_END) == self._while_dozing:
-            for name in IN_BATCH:
-                del vars(self)[name]
+        """Puts back what `_doze` put away, and nothing that someone else has put in its place since.
+
+        Also what a copy took along, and what a patch that was made while this dozed brought back later.
+        """
+        self._dozing, own = False, vars(self)
+        for name in IN_BATCH & own.keys():
+            if own[name] is None or getattr(own[name], "__func__", None) is type(self)._while_dozing:
+                del own[name]
 
     def batch_hooks(self, trainer: Trainer, batch_idx: int, step: int, *, stepping: bool) -> BatchHooks:
         """Those of the family itself, and those that a child needs; which child needs which is kept."""

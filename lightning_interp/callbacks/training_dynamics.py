@@ -117,6 +117,8 @@ class TrainingDynamics(InterpCallback):
             self.say_once("The weights are split over processes: TrainingDynamics measures only the loss there.")
         self._check_layers(pl_module)
         self._fetched_at = self.step_of(trainer) - 1
+        # Lightning copies what a step returns only if it does the optimization itself.
+        self._backlog.copies = not pl_module.automatic_optimization
         self.notebook(trainer).note("planned_steps", planned_steps(trainer))
         self._report(trainer)
         self._publish(trainer)
@@ -201,6 +203,8 @@ class TrainingDynamics(InterpCallback):
         """Keeps the loss, and finishes the probes."""
         step, loss = self.step_of(trainer), single_loss(outputs)
         scale = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+        if loss is not None and self._backlog.copies:
+            loss = loss.clone()
         if loss is not None:
             self._backlog.add("loss", step, {"loss": loss}, scale=scale, ends=not accumulates(trainer))
         if self._prober.busy:

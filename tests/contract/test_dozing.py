@@ -6,6 +6,7 @@ import itertools
 import pickle
 import sys
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -316,3 +317,105 @@ def test_a_step_on_which_nothing_is_due_takes_few_calls(make, monkeypatch):
     monkeypatch.setattr(Family, "_while_dozing", counted)
     fit(make())
     assert all(counts[step] <= 10 for step in IDLE)
+
+
+class At(pl.Callback):
+    """Does something as a step begins, after the callbacks before it in the list have seen that."""
+
+    def __init__(self, **actions):
+        self.actions = {int(name[1:]): action for name, action in actions.items()}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.actions.get(trainer.global_step, lambda trainer: None)(trainer)
+
+
+class Told(Net):
+    """Notes each loss by the step that it belongs to."""
+
+    def __init__(self, returns="loss"):
+        super().__init__(returns)
+        self.told = {}
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        value = loss["loss"] if isinstance(loss, dict) else loss
+        self.told.setdefault(self.trainer.fit_loop.epoch_loop._batches_that_stepped, []).append(value.item())
+        return loss
+
+    def agrees(self, trainer):
+        """Whether all losses that were recorded are their step's own, one for each."""
+        points = Session.of(trainer).history.get("loss")
+        own = {step: sum(values) / len(values) for step, values in self.told.items()}
+        steps = [point.step for point in points]
+        return steps == sorted(set(steps)) and all(point.value == pytest.approx(own[point.step]) for point in points)
+
+
+def test_a_hook_that_is_wrapped_while_it_dozes_does_not_keep_it_asleep():
+    interp, called = Interp(on_error="raise"), []
+
+    def wrap(trainer):
+        original = interp.on_train_batch_end
+        interp.on_train_batch_end = lambda *args: (called.append(trainer.global_step), original(*args))
+
+    module = Told()
+    trainer = fit(interp, At(s125=wrap), module=module)
+    assert called == list(range(126, 2 * STEPS + 1))
+    assert IN_BATCH & vars(interp).keys() == {"on_train_batch_end"}
+    assert module.agrees(trainer)
+    probes = len(Session.of(trainer).history.get("step_ratio"))
+    assert probes == len(Session.of(fit(Interp(on_error="raise"))).history.get("step_ratio"))
+    assert len(Session.of(fit(interp)).history.get("step_ratio")) == probes
+
+
+def test_another_hook_that_is_put_on_while_it_dozes_stays():
+    interp, called = Interp(on_error="raise"), []
+    fit(interp, At(s125=lambda trainer: setattr(interp, "on_before_backward", lambda *args: called.append(1))))
+    assert len(called) == 2 * STEPS - 125
+
+
+def test_a_patch_that_is_taken_off_later_does_not_put_it_to_sleep():
+    interp = Interp(on_error="raise")
+    patch = mock.patch.object(interp, "on_before_backward", lambda *args: None)
+    fit(interp, At(s125=lambda trainer: patch.start(), s170=lambda trainer: patch.stop()))
+    assert not IN_BATCH & vars(interp).keys()
+
+
+def test_a_shallow_copy_of_one_that_dozes_works():
+    interp, copies = Interp(on_error="raise"), []
+    fit(interp, At(s125=lambda trainer: copies.append(copy.copy(interp))), max_epochs=1)
+    trainer = fit(copies[0], max_epochs=1)
+    assert [point.step for point in Session.of(trainer).history.get("loss")] == list(range(STEPS))
+
+
+def test_accumulation_that_begins_while_it_dozes():
+    module = Told()
+    trainer = fit(Interp(on_error="raise"), At(s125=lambda t: setattr(t, "accumulate_grad_batches", 2)), module=module)
+    assert len(module.told[130]) == 2
+    assert module.agrees(trainer)
+
+
+def test_one_that_is_taken_away_for_a_while_notes_nothing_at_the_wrong_step():
+    interp, module = Interp(on_error="raise"), Told()
+    away = At(s125=lambda t: t.callbacks.remove(interp), s150=lambda t: t.callbacks.append(interp))
+    trainer = fit(interp, away, module=module)
+    assert module.agrees(trainer)
+    assert 126 not in {point.step for point in Session.of(trainer).history.get("loss")}
+
+
+@pytest.mark.parametrize("dict_", [False, True])
+def test_a_loss_that_stands_in_a_buffer_of_the_users_is_copied(dict_):
+    """With manual optimization; otherwise Lightning copies it."""
+
+    class Reuses(Told):
+        def __init__(self):
+            super().__init__("manual")
+            self.kept = torch.zeros(())
+
+        def training_step(self, batch, batch_idx):
+            self.kept.copy_(super().training_step(batch, batch_idx)["loss"].detach())
+            return {"loss": self.kept} if dict_ else self.kept
+
+    module = Reuses()
+    trainer = fit(Interp(on_error="raise"), module=module)
+    assert module.agrees(trainer)
+    assert len(Session.of(trainer).history.get("loss")) == 2 * STEPS
