@@ -84,13 +84,15 @@ class FixedSamples(NamedTuple):
     masks: Tensor | None
 
 
-def read_samples(trainer: Any, model: nn.Module, count: int, samples: Chosen | None = None) -> FixedSamples:
-    """`fixed_samples` with the masks of the objects, where the batches hold any."""
+def read_samples(
+    trainer: Any, model: nn.Module, count: int, samples: Chosen | None = None, *, training: bool = False
+) -> FixedSamples:
+    """`fixed_samples` with the masks of the objects, where the batches hold any; if asked to, of the training set."""
     if isinstance(samples, str):
         return received(trainer, model, load(samples), own_reader=False)
     if isinstance(samples, tuple) and isinstance(samples[0], Tensor):
         return received(trainer, model, samples, own_reader=False)
-    loader = first_indexable(trainer.val_dataloaders)
+    loader = None if training else first_indexable(trainer.val_dataloaders)
     if loader is None:  # not `or`: the truth of a loader is its length, and not all have one
         loader = first_indexable(trainer.train_dataloader)
     if loader is None:

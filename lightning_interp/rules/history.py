@@ -20,6 +20,7 @@ update stands at step 0.
 | `sparsity` | yes | fraction of exact zeros |
 | `validation_metric` | by name | what the user logged, as it stood at the end of each validation |
 | `statistics_lag`, `weights_lag` | no | how far these raise the loss of a doubtful validation |
+| `training_statistics_lag` | no | how far running statistics raise the loss of training images then |
 | `class_image_augmented` | by class | probability of the class for its own image under augmentation |
 | `knn_accuracy` | no | share of the points that lie among their own class in the embedding |
 | `suspect_label_share` | no | estimated share of wrong training labels, in [0, 1]; once an epoch or event |

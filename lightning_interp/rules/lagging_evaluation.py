@@ -28,6 +28,7 @@ class Lag(NamedTuple):
         statistics: How far running statistics raise the loss of the same images, in nats.
         weights: How far other weights than those that are trained raise it.
         guess: ln C.
+        on_training: How far running statistics raise the loss of training images; None if that is not known.
     """
 
     validation: float
@@ -35,11 +36,17 @@ class Lag(NamedTuple):
     statistics: float
     weights: float
     guess: float
+    on_training: float | None = None
 
     @property
     def total(self) -> float:
         """Of both."""
         return self.statistics + self.weights
+
+    @property
+    def unlike(self) -> bool:
+        """Whether the statistics fit the training images, and only those of the validation are others."""
+        return self.on_training is not None and self.on_training < _SHARE * self.statistics
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,10 @@ class LaggingEvaluationRule(Rule):
     loss v is above the training loss t by more than 0.1 ln C, at most 64 validation images are passed through the
     network as it is validated, with the statistics of the batch, and with these after the validation, when the trained
     weights are back. The differences of the three losses are `statistics_lag` and `weights_lag`.
+
+    Where the statistics of the batch give less, the same is done with 64 training images: if running statistics raise
+    their loss by less than half as much, they do not lag, but the validation images are unlike (preprocessed otherwise,
+    for example), which is said instead.
 
     Fires if their sum is more than half of v - t and more than 0.1 ln C; the validation then says little about the
     network, and `overfitting` is silent. A warning if it has been more than `large` ln C in the last `checks`
@@ -87,25 +98,28 @@ class LaggingEvaluationRule(Rule):
             return
         warned = self._lasts(history, metric, self.large * lag.guess * (RELAXED if held else 1.0))
         statistics = lag.statistics >= lag.weights
+        causes = [_UNLIKE, _STATISTICS] if lag.unlike else [_STATISTICS, _UNLIKE]
+        causes = [*causes, _WEIGHTS] if statistics else [_WEIGHTS, _STATISTICS]
         yield Alert(
             rule=self.name,
             severity="warning" if warned else "info",
             value=lag.total,
             threshold=max(_SHARE * (lag.validation - lag.training), _GAP * lag.guess),
-            cause=_STATISTICS if statistics else _WEIGHTS,
+            cause=causes[0],
             message=(
                 f"`{metric}` is {lag.validation:.3g} while the training loss is {lag.training:.2g}, but "
                 f"{lag.total:.2g} of that is due to how the network is evaluated: "
-                f"{_MEANS if statistics else _WITH}, it has a loss lower by that on the same images."
+                f"{_MEANS if statistics else _WITH}, it has a loss lower by that on the same images"
+                f"{_FITS if causes[0] == _UNLIKE else ''}."
             ),
-            advice=_BY_STATISTICS if statistics else _BY_WEIGHTS,
+            advice=_ADVICE[causes[0]],
             evidence={
                 "validation_loss": lag.validation,
                 "training_loss": lag.training,
                 "statistics_lag": lag.statistics,
                 "weights_lag": lag.weights,
             },
-            alternatives=[_WEIGHTS if statistics else _STATISTICS],
+            alternatives=causes[1:],
             source=SOURCE,
         )
 
@@ -116,8 +130,10 @@ class LaggingEvaluationRule(Rule):
 
 
 _STATISTICS = "running statistics lag behind"
+_UNLIKE = "validation images are unlike the training images"
 _WEIGHTS = "averaged weights lag behind"
 _MEANS, _WITH = "normalised by the batch, as in training", "with the weights that are trained"
+_FITS = ", and the running statistics fit the training images"
 _BY_STATISTICS = (
     "Do not judge the network by its validation yet. The running statistics of batch normalisation take some "
     "3 / momentum steps to follow: train longer, raise `momentum`, or renew them before each validation "
@@ -127,6 +143,11 @@ _BY_WEIGHTS = (
     "Do not judge the network by its validation yet. Averaged weights take some 3 / (1 - decay) updates to follow: "
     "train longer, lower the decay, or begin to average later."
 )
+_BY_IMAGES = (
+    "Compare what the validation does to its images (scaling, mean and standard deviation, colour order) with what the "
+    "training does; if that is the same, they come from elsewhere."
+)
+_ADVICE = {_STATISTICS: _BY_STATISTICS, _UNLIKE: _BY_IMAGES, _WEIGHTS: _BY_WEIGHTS}
 
 
 def in_doubt(history: History) -> bool:
@@ -145,7 +166,9 @@ def evaluation_lag(history: History, metric: str) -> Lag | None:
     if not points or not lags or guess is None or training is None or lags[-1][0].step != points[-1].step:
         return None
     statistics, weights = lags[-1]
-    return Lag(points[-1].value, training, statistics.value, weights.value, guess)
+    last = history.get("training_statistics_lag").last
+    on_training = None if last is None or last.step != statistics.step else last.value
+    return Lag(points[-1].value, training, statistics.value, weights.value, guess, on_training)
 
 
 def explains_validation(history: History, metric: str | None = None) -> bool:

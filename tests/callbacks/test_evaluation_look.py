@@ -145,6 +145,17 @@ def test_running_statistics_that_lag_are_told_and_are_no_overfitting():
     assert watching.active[0].cause == "running statistics lag behind"
 
 
+@pytest.mark.parametrize("change", [lambda images: images + 4, lambda images: images * 0.05 + 0.5])
+def test_images_that_are_scaled_otherwise_are_no_lag(change):
+    """Normalised in the training and not in the validation, for example: the statistics of the batch undo it."""
+    images, labels = data(VALIDATION, 1).tensors
+    module = Net(momentum=0.5, dropout=0.0, offset=0.0)
+    watching = fit(module, val=TensorDataset(change(images), labels), epochs=16)
+    assert [alert.rule for alert in watching.active] == ["lagging_evaluation"]
+    assert watching.active[0].cause == "validation images are unlike the training images"
+    assert "momentum" not in watching.active[0].advice
+
+
 def test_weights_that_lag_are_told_and_are_no_overfitting():
     """Statistics that keep up, but other weights in the validation."""
     watching = fit(Net(momentum=0.5, dropout=0.0, offset=0.0), Averaged(), epochs=16)
@@ -173,13 +184,13 @@ def _lagging():
 
 @pytest.mark.parametrize(("make", "asked"), [(_healthy, 0), (_lagging, 7)])
 def test_forwards_are_added_only_where_the_validation_loss_is_high(make, asked):
-    """None in a run in which it falls with the training loss; else three times four batches in all but the first."""
+    """None in a run in which it falls with the training loss; else five times four batches in all but the first."""
     counts = []
     for alerts in (False, True):
         module, val = make()
         fit(module, val=val, alerts=alerts, rules=[LaggingEvaluationRule()])
         counts.append(module.forwards.count("evaluated"))
-    assert counts[1] - counts[0] == 3 * 4 * asked
+    assert counts[1] - counts[0] == 5 * 4 * asked
 
 
 def test_training_goes_on_bit_for_bit():

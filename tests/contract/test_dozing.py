@@ -375,7 +375,7 @@ def test_another_hook_that_is_put_on_while_it_dozes_stays():
 
 def test_a_patch_that_is_taken_off_later_does_not_put_it_to_sleep():
     interp = Interp(on_error="raise")
-    patch = mock.patch.object(interp, "on_before_backward", lambda *args: None)
+    patch = mock.patch.object(interp, "on_before_backward")
     fit(interp, At(s125=lambda trainer: patch.start(), s170=lambda trainer: patch.stop()))
     assert not IN_BATCH & vars(interp).keys()
 

@@ -39,6 +39,18 @@ def test_running_statistics_that_lag_are_told_with_what_they_cost():
     }
 
 
+@pytest.mark.parametrize(("on_training", "unlike"), [(0.59, True), (0.61, False), (-0.2, True)])
+def test_validation_images_that_are_unlike_are_told_apart(on_training, unlike):
+    """Running statistics that raise the loss of training images by less than half as much do not lag."""
+    history = validated(statistics=[1.2])
+    write(history, "training_statistics_lag", [on_training], start=399)
+    (alert,) = check(LaggingEvaluationRule(), history)
+    causes = ["validation images are unlike the training images", "running statistics lag behind"]
+    assert [alert.cause, alert.alternatives[0]] == (causes if unlike else causes[::-1])
+    assert ("momentum" in alert.advice) is not unlike
+    assert ("fit the training images" in alert.message) is unlike
+
+
 def test_averaged_weights_are_told_apart():
     """The larger part is the cause, the other one its alternative."""
     (alert,) = check(LaggingEvaluationRule(), validated(statistics=[0.3], weights=[1.0]))
