@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from lightning_interp.rules.dormant_units import DormantUnitsRule
     from lightning_interp.rules.exploding_gradient import ExplodingGradientRule
     from lightning_interp.rules.gradient_spike import GradientSpikeRule
-    from lightning_interp.rules.lagging_evaluation import LaggingEvaluationRule
     from lightning_interp.rules.learning_rate_too_high import LearningRateTooHighRule
     from lightning_interp.rules.learning_rate_too_low import LearningRateTooLowRule
     from lightning_interp.rules.noisy_filters import NoisyFiltersRule
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from lightning_interp.rules.undertrained import UndertrainedRule
     from lightning_interp.rules.unlearned_class import UnlearnedClassRule
     from lightning_interp.rules.untrained_layer import UntrainedLayerRule
+    from lightning_interp.rules.validation_mismatch import ValidationMismatchRule
     from lightning_interp.rules.vanishing_gradient import VanishingGradientRule
 
 _HOMES = {
@@ -62,7 +62,7 @@ _HOMES = {
     "Influence": "callbacks.influence",
     "Interp": "callbacks.interp",
     "InterpWarning": "errors",
-    "LaggingEvaluationRule": "rules.lagging_evaluation",
+    "ValidationMismatchRule": "rules.validation_mismatch",
     "LearningRateTooHighRule": "rules.learning_rate_too_high",
     "LearningRateTooLowRule": "rules.learning_rate_too_low",
     "NoisyFiltersRule": "rules.noisy_filters",
@@ -100,7 +100,6 @@ __all__ = [
     "Influence",
     "Interp",
     "InterpWarning",
-    "LaggingEvaluationRule",
     "LearningRateTooHighRule",
     "LearningRateTooLowRule",
     "NoisyFiltersRule",
@@ -115,6 +114,7 @@ __all__ = [
     "UndertrainedRule",
     "UnlearnedClassRule",
     "UntrainedLayerRule",
+    "ValidationMismatchRule",
     "VanishingGradientRule",
     "__version__",
     "functional",

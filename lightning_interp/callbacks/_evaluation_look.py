@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sized
-from math import ceil
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,7 +17,7 @@ from lightning_interp.callbacks.guard import undisturbed
 from lightning_interp.callbacks.samples import first_indexable, read_samples
 from lightning_interp.callbacks.scores import ScoreModel, sample_losses
 from lightning_interp.rules import History
-from lightning_interp.rules.lagging_evaluation import explains_validation, in_doubt
+from lightning_interp.rules.validation_mismatch import explains_validation, in_doubt
 
 _T = TypeVar("_T")
 _SAMPLES, _BATCH = 64, 32
@@ -94,7 +93,7 @@ class EvaluationLook:
 
 
 def _drawn(trainer: Any, model: nn.Module, *, training: bool) -> list[tuple[Tensor, Tensor]]:
-    """Batches of nearly equal size, no larger than those of the training, drawn from all of the data set.
+    """Batches of nearly equal size, about that of the training, drawn from all of the data set.
 
     Many data sets are sorted by class, and the statistics of one class are not those of the training.
     """
@@ -103,7 +102,7 @@ def _drawn(trainer: Any, model: nn.Module, *, training: bool) -> list[tuple[Tens
     total = len(cast("Sized", _required(first_indexable(loaders)).dataset))
     indices = random.Random(0).sample(range(total), min(_SAMPLES, total))
     images, labels, _ = read_samples(trainer, model, len(indices), indices, training=training)
-    parts = ceil(len(images) / min(size, _BATCH))
+    parts = max(1, len(images) // min(size, _BATCH))  # none smaller: a batch of one may have no statistics
     return list(zip(images.tensor_split(parts), _required(labels).tensor_split(parts), strict=True))
 
 

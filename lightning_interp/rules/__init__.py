@@ -10,7 +10,6 @@ from lightning_interp.rules.dormant_units import DormantUnitsRule
 from lightning_interp.rules.exploding_gradient import ExplodingGradientRule
 from lightning_interp.rules.gradient_spike import GradientSpikeRule
 from lightning_interp.rules.history import History, Point, Series
-from lightning_interp.rules.lagging_evaluation import LaggingEvaluationRule
 from lightning_interp.rules.learning_rate_too_high import LearningRateTooHighRule
 from lightning_interp.rules.learning_rate_too_low import LearningRateTooLowRule
 from lightning_interp.rules.noisy_filters import NoisyFiltersRule
@@ -21,6 +20,7 @@ from lightning_interp.rules.suspect_labels import SuspectLabelsRule
 from lightning_interp.rules.undertrained import UndertrainedRule
 from lightning_interp.rules.unlearned_class import UnlearnedClassRule
 from lightning_interp.rules.untrained_layer import UntrainedLayerRule
+from lightning_interp.rules.validation_mismatch import ValidationMismatchRule
 from lightning_interp.rules.vanishing_gradient import VanishingGradientRule
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "ExplodingGradientRule",
     "GradientSpikeRule",
     "History",
-    "LaggingEvaluationRule",
     "LearningRateTooHighRule",
     "LearningRateTooLowRule",
     "NoisyFiltersRule",
@@ -47,6 +46,7 @@ __all__ = [
     "UndertrainedRule",
     "UnlearnedClassRule",
     "UntrainedLayerRule",
+    "ValidationMismatchRule",
     "VanishingGradientRule",
     "default_rules",
 ]
@@ -72,7 +72,7 @@ def default_rules() -> list[Rule]:
         UntrainedLayerRule(),
         NoisyFiltersRule(),
         UnlearnedClassRule(),
-        LaggingEvaluationRule(),
+        ValidationMismatchRule(),
         OverfittingRule(),
         SuspectLabelsRule(),
         UndertrainedRule(),

@@ -23,10 +23,10 @@ from lightning_interp.rules._evidence import (
 from lightning_interp.rules._validation import ACCURACY, LOSS, find_metric
 from lightning_interp.rules.alert import Alert, Severity
 from lightning_interp.rules.history import History, Point
-from lightning_interp.rules.lagging_evaluation import explains_validation
 from lightning_interp.rules.learning_rate_too_high import explains_loss
 from lightning_interp.rules.rule import Key, Rule
 from lightning_interp.rules.suspect_labels import SuspectLabelsRule
+from lightning_interp.rules.validation_mismatch import explains_validation
 
 SOURCE = "Prechelt 1998 (early stopping: generalisation loss while training goes on); thresholds measured"
 _SUDDEN = 0.75  # part of a rise that, in one piece, makes it a jump
@@ -71,7 +71,7 @@ class OverfittingRule(Rule):
 
     A training loss above the validation loss (dropout, augmentation) is never told off, nor is a rise of which three
     quarters came at once, or of which half is gone again: a batch that disturbed the normalisation does both. Not said
-    if the loss is NaN, a too-high rate or `lagging_evaluation` explains it, or the validation set has less than
+    if the loss is NaN, a too-high rate or `validation_mismatch` explains it, or the validation set has less than
     `min_samples`, where its size is known. If `suspect_labels` finds wrong labels, these are the cause.
 
     The metric is found by its name (`val_loss`, `valid/loss`, `loss/val`, `validation-nll`, ...; of several the

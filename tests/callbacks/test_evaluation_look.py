@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_interp.callbacks.alerts import Alerts
 from lightning_interp.callbacks.session import Session
-from lightning_interp.rules import LaggingEvaluationRule, OverfittingRule
+from lightning_interp.rules import OverfittingRule, ValidationMismatchRule
 from tests.diary import Diary
 
 pytestmark = [
@@ -107,7 +107,7 @@ def data(count, seed, *, noise=0.3, ordered=False):
 def fit(module, *callbacks, val=None, epochs=8, alerts=True, rules=None, **options):
     """Four batches of 16 an epoch; returns the callback."""
     val = data(VALIDATION, 1) if val is None else val
-    watching = Alerts(rules=rules or [LaggingEvaluationRule(), OverfittingRule(min_samples=1)], on_error="raise")
+    watching = Alerts(rules=rules or [ValidationMismatchRule(), OverfittingRule(min_samples=1)], on_error="raise")
     settings = {"max_epochs": epochs, "logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     trainer = pl.Trainer(callbacks=[*callbacks, *([watching] if alerts else [])], **settings | quiet | options)
@@ -141,7 +141,7 @@ def test_lags_are_those_of_copies_of_the_model(averaged, ordered):
 def test_running_statistics_that_lag_are_told_and_are_no_overfitting():
     """A network that knows all images, by the batch."""
     watching = fit(Net(dropout=0.0), epochs=16)
-    assert [(alert.rule, alert.severity) for alert in watching.active] == [("lagging_evaluation", "warning")]
+    assert [(alert.rule, alert.severity) for alert in watching.active] == [("validation_mismatch", "warning")]
     assert watching.active[0].cause == "running statistics lag behind"
 
 
@@ -151,7 +151,7 @@ def test_images_that_are_scaled_otherwise_are_no_lag(change):
     images, labels = data(VALIDATION, 1).tensors
     module = Net(momentum=0.5, dropout=0.0, offset=0.0)
     watching = fit(module, val=TensorDataset(change(images), labels), epochs=16)
-    assert [alert.rule for alert in watching.active] == ["lagging_evaluation"]
+    assert [alert.rule for alert in watching.active] == ["validation_mismatch"]
     assert watching.active[0].cause == "validation images are unlike the training images"
     assert "momentum" not in watching.active[0].advice
 
@@ -159,7 +159,7 @@ def test_images_that_are_scaled_otherwise_are_no_lag(change):
 def test_weights_that_lag_are_told_and_are_no_overfitting():
     """Statistics that keep up, but other weights in the validation."""
     watching = fit(Net(momentum=0.5, dropout=0.0, offset=0.0), Averaged(), epochs=16)
-    assert [alert.rule for alert in watching.active] == ["lagging_evaluation"]
+    assert [alert.rule for alert in watching.active] == ["validation_mismatch"]
     assert watching.active[0].cause == "averaged weights lag behind"
 
 
@@ -188,7 +188,7 @@ def test_forwards_are_added_only_where_the_validation_loss_is_high(make, asked):
     counts = []
     for alerts in (False, True):
         module, val = make()
-        fit(module, val=val, alerts=alerts, rules=[LaggingEvaluationRule()])
+        fit(module, val=val, alerts=alerts, rules=[ValidationMismatchRule()])
         counts.append(module.forwards.count("evaluated"))
     assert counts[1] - counts[0] == 5 * 4 * asked
 

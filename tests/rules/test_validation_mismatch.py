@@ -5,8 +5,8 @@ import math
 import pytest
 
 from lightning_interp.errors import ArgumentError
-from lightning_interp.rules import AlertBook, History, LaggingEvaluationRule, OverfittingRule
-from lightning_interp.rules.lagging_evaluation import in_doubt
+from lightning_interp.rules import AlertBook, History, OverfittingRule, ValidationMismatchRule
+from lightning_interp.rules.validation_mismatch import in_doubt
 from tests.rules.writing import check, healthy, run_of, write
 
 LN10 = math.log(10)
@@ -25,8 +25,8 @@ def validated(values=HIGH, *, statistics=(), weights=None, training=0.1, classes
 
 def test_running_statistics_that_lag_are_told_with_what_they_cost():
     """More than half of 2.3 - 0.1, the gap."""
-    (alert,) = check(LaggingEvaluationRule(), validated(statistics=[1.2]))
-    assert (alert.rule, alert.severity, alert.layer) == ("lagging_evaluation", "info", None)
+    (alert,) = check(ValidationMismatchRule(), validated(statistics=[1.2]))
+    assert (alert.rule, alert.severity, alert.layer) == ("validation_mismatch", "info", None)
     assert alert.cause == "running statistics lag behind"
     assert (alert.value, alert.threshold) == (1.2, pytest.approx(1.1))
     assert "`val_loss` is 2.3 while the training loss is 0.1, but 1.2" in alert.message
@@ -44,7 +44,7 @@ def test_validation_images_that_are_unlike_are_told_apart(on_training, unlike):
     """Running statistics that raise the loss of training images by less than half as much do not lag."""
     history = validated(statistics=[1.2])
     write(history, "training_statistics_lag", [on_training], start=399)
-    (alert,) = check(LaggingEvaluationRule(), history)
+    (alert,) = check(ValidationMismatchRule(), history)
     causes = ["validation images are unlike the training images", "running statistics lag behind"]
     assert [alert.cause, alert.alternatives[0]] == (causes if unlike else causes[::-1])
     assert ("momentum" in alert.advice) is not unlike
@@ -53,7 +53,7 @@ def test_validation_images_that_are_unlike_are_told_apart(on_training, unlike):
 
 def test_averaged_weights_are_told_apart():
     """The larger part is the cause, the other one its alternative."""
-    (alert,) = check(LaggingEvaluationRule(), validated(statistics=[0.3], weights=[1.0]))
+    (alert,) = check(ValidationMismatchRule(), validated(statistics=[0.3], weights=[1.0]))
     assert alert.cause == "averaged weights lag behind"
     assert alert.alternatives == ["running statistics lag behind"]
     assert alert.value == pytest.approx(1.3)
@@ -78,23 +78,23 @@ def test_averaged_weights_are_told_apart():
 )
 def test_silent_without_a_lag_that_explains_the_newest_validation(history):
     """A lag of an older validation says nothing of the newest."""
-    assert check(LaggingEvaluationRule(), history) == []
+    assert check(ValidationMismatchRule(), history) == []
 
 
 def test_a_large_lag_in_three_validations_in_a_row_is_a_warning():
     """More than a quarter of ln 10 in each of the last three."""
-    rule = LaggingEvaluationRule()
+    rule = ValidationMismatchRule()
     values = [0.9] * 8
     assert check(rule, validated(values, statistics=[0.6, 0.6]))[0].severity == "info"
     assert check(rule, validated(values, statistics=[0.6, 0.6, 0.6]))[0].severity == "warning"
     assert check(rule, validated(values, statistics=[0.6, 0.5, 0.6]))[0].severity == "info"
-    assert check(LaggingEvaluationRule(checks=2), validated(values, statistics=[0.6, 0.6]))[0].severity == "warning"
-    assert check(LaggingEvaluationRule(large=0.3), validated(values, statistics=[0.6] * 3))[0].severity == "info"
+    assert check(ValidationMismatchRule(checks=2), validated(values, statistics=[0.6, 0.6]))[0].severity == "warning"
+    assert check(ValidationMismatchRule(large=0.3), validated(values, statistics=[0.6] * 3))[0].severity == "info"
 
 
 def test_what_is_up_stays_up_down_to_four_fifths():
     """Raised at more than 1.1, cleared at less than 0.88."""
-    book = AlertBook([LaggingEvaluationRule(checks=9)])
+    book = AlertBook([ValidationMismatchRule(checks=9)])
     history = validated(statistics=[1.0])
     assert book.update(history) == []
     statuses = []
@@ -128,6 +128,6 @@ def test_it_is_asked_where_the_loss_comes_from_only_if_it_is_high(validation, tr
 
 def test_thresholds_are_checked():
     with pytest.raises(ArgumentError, match="large"):
-        LaggingEvaluationRule(large=0.05)
+        ValidationMismatchRule(large=0.05)
     with pytest.raises(ArgumentError, match="checks"):
-        LaggingEvaluationRule(checks=0)
+        ValidationMismatchRule(checks=0)

@@ -1,4 +1,4 @@
-"""Rule `lagging_evaluation`: what is validated lags behind what is trained: running statistics, or averaged weights."""
+"""Rule `validation_mismatch`: what is validated is not what was trained: other statistics, weights or images."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Lag(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LaggingEvaluationRule(Rule):
+class ValidationMismatchRule(Rule):
     """The validation loss is high because of how the network is evaluated, and not because of what it has learned.
 
     In training, batch normalisation goes by the batch; in a validation by running statistics, which at a momentum m
@@ -63,10 +63,10 @@ class LaggingEvaluationRule(Rule):
     their loss by less than half as much, they do not lag, but the validation images are unlike (preprocessed otherwise,
     for example), which is said instead.
 
-    Fires if their sum is more than half of v - t and more than 0.1 ln C; the validation then says little about the
-    network, and `overfitting` is silent. A warning if it has been more than `large` ln C in the last `checks`
-    validations, else information. Only for a cross-entropy, a validation loss that is logged (found as in
-    `overfitting`), and validation data that can be read by index.
+    Fires if the sum of the two is more than half of v - t and more than 0.1 ln C; the validation then says little of
+    the network, and `overfitting` is silent. A warning if it has been more than `large` ln C in the last `checks`
+    validations, else information. Only for a cross-entropy (of a model that is not compiled), a validation loss that is
+    logged (found as in `overfitting`), and validation data that can be read by index.
 
     Source: Ioffe and Szegedy 2015, section 3.1; Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3.
 
@@ -76,7 +76,7 @@ class LaggingEvaluationRule(Rule):
         checks: Validations in a row.
     """
 
-    name: ClassVar[str] = "lagging_evaluation"
+    name: ClassVar[str] = "validation_mismatch"
     needs: ClassVar[tuple[str, ...]] = ("validation_metric", "loss", "num_classes", "statistics_lag", "weights_lag")
 
     metric: str | None = None
