@@ -4,7 +4,6 @@ import copy
 import gc
 import itertools
 import pickle
-import sys
 import weakref
 from unittest import mock
 
@@ -22,6 +21,7 @@ from lightning_interp.callbacks._guarding import IN_BATCH
 from lightning_interp.callbacks.base import InterpCallback
 from lightning_interp.callbacks.session import Session
 from lightning_interp.errors import InterpWarning
+from tests.contract.calls import calls_in
 from tests.contract.nets import pl, quiet_trainer
 
 STEPS = 180  # of an epoch
@@ -300,19 +300,7 @@ def test_a_step_on_which_nothing_is_due_takes_few_calls(make, monkeypatch):
     original, counts = Family._while_dozing, {}
 
     def counted(self, trainer, *args):
-        calls = 0
-
-        def profile(frame, event, argument):
-            nonlocal calls
-            calls += event in ("call", "c_call")
-
-        before = sys.getprofile()
-        sys.setprofile(profile)
-        try:
-            original(self, trainer, *args)
-        finally:
-            sys.setprofile(before)
-            counts[trainer.global_step - 1] = calls
+        counts[trainer.global_step - 1] = calls_in(original, self, trainer, *args)
 
     monkeypatch.setattr(Family, "_while_dozing", counted)
     fit(make())

@@ -4,7 +4,6 @@ The goal in seconds is for `benchmarks/`; what makes the seconds is counted here
 """
 
 import functools
-import sys
 
 import pytest
 import torch
@@ -26,6 +25,7 @@ from lightning_interp import (
     TopPatches,
     TrainingDynamics,
 )
+from tests.contract.calls import calls_in
 from tests.contract.hooks import hooks_on, modes_on_stack
 from tests.contract.nets import pl, quiet_trainer
 
@@ -101,19 +101,7 @@ class Counter:
         @functools.wraps(hook)
         def counted(trainer, *args, **kwargs):
             step = trainer.global_step - (name == "on_train_batch_end")
-            count = 0
-
-            def profile(frame, event, argument):
-                nonlocal count
-                count += event in ("call", "c_call")
-
-            before = sys.getprofile()
-            sys.setprofile(profile)
-            try:
-                return hook(trainer, *args, **kwargs)
-            finally:
-                sys.setprofile(before)
-                self.calls[step] = self.calls.get(step, 0) + count
+            self.calls[step] = self.calls.get(step, 0) + calls_in(hook, trainer, *args, **kwargs)
 
         return counted
 
