@@ -65,14 +65,14 @@ class Sparsity(Watch):
         self._callback, self._observer = ActivationSparsity(), Observer(model)
 
     def before_forward(self) -> None:
-        self._callback._fractions.clear()
+        self._callback._zeros.clear()
         self._observer.open(self._callback._read)
 
     def before_backward(self, loss: Tensor) -> None:
         self._observer.close_reader(self._callback._read)
 
     def check(self) -> None:
-        shares = [float(total.mean()) / count for total, count in self._callback._fractions.values()]
+        shares = [float(total.mean()) / count for total, count in self._callback._zeros.values()]
         require(shares and all(0 <= share <= 1 for share in shares) and sum(shares), self.name)
 
 
