@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import importlib
+import io
 import math
 
 import numpy as np
+import PIL.Image
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -180,6 +182,34 @@ def test_write_without_file_writer_falls_back_to_add_scalar(pl_loggers, tmp_path
 
     sinks.write([Logger(tmp_path)], [Scalar(tag="a", step=1, value=2.0), Scalar(tag="b", step=1, value=3.0)])
     assert Logger.experiment.calls == [("add_scalar", "a", 2.0, 1), ("add_scalar", "b", 3.0, 1)]
+
+
+def test_write_falls_back_to_add_image(pl_loggers, tmp_path):
+    """Pictures too go by the writer's own method where there is no other way."""
+
+    class Logger(pl_loggers.TensorBoardLogger):
+        experiment = Writer()
+
+    sinks.write([Logger(tmp_path)], [Image(tag="i", step=1, pixels=PIXELS)])
+    assert Logger.experiment.calls[0][:2] == ("add_image", "i")
+    assert Logger.experiment.calls[0][2] is PIXELS
+
+
+def test_pictures_are_what_add_image_writes(pl_loggers, tmp_path):
+    """The same protocol buffer but for the compression, at the same step."""
+    logger = tensorboard_logger(pl_loggers, tmp_path)
+    sinks.write([logger], [Image(tag="ours", step=2**40, pixels=PIXELS)])
+    logger.experiment.add_image("theirs", PIXELS, 2**40, dataformats="HWC")
+    logger.finalize("success")
+    values = [(event.step, value) for event in summaries(tmp_path) for value in event.summary.value]
+    found = {value.tag: (step, value.image) for step, value in values}
+    (step, ours), (their_step, theirs) = found["ours"], found["theirs"]
+    assert step == their_step == 2**40
+    assert (ours.height, ours.width, ours.colorspace) == (theirs.height, theirs.width, theirs.colorspace) == (7, 11, 3)
+    for image in (ours, theirs):
+        with PIL.Image.open(io.BytesIO(image.encoded_image_string)) as opened:
+            assert opened.format == "PNG"
+            np.testing.assert_array_equal(np.asarray(opened), PIXELS)
 
 
 def test_write_flushes_once(pl_loggers, tmp_path):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from lightning_interp.sinks.png import encode_png
 
 # The projector draws a thumbnail as wide as it is in the sheet (flat view) or 30 pixels wide (in space), and blurs what
 # it magnifies. It refuses sheets of more than 8192 pixels; half of that is 67 MB on the graphics card.
@@ -174,6 +175,4 @@ def sprite_sheet(sprites: NDArray[np.uint8]) -> bytes:
         places[..., :3] = sprites.repeat(factor, axis=1).repeat(factor, axis=2)
     places[..., 3:] = 255
     sheet = cells.reshape(a_row, a_row, side, side, -1).swapaxes(1, 2).reshape(a_row * side, a_row * side, -1)
-    png = io.BytesIO()
-    Image.fromarray(sheet).save(png, "png", compress_level=1)  # a third of the time of the default, measured on digits
-    return png.getvalue()
+    return encode_png(sheet)
