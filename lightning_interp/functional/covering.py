@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_interp.functional.incremental import PatchedTensor, Patches
 from lightning_interp.functional.regions import Regions
+from lightning_interp.functional.small_maps import faster_small_maps
 from lightning_interp.functional.windows import Grid
 
 # With so many images, or more, convolutions on a CPU are 1.3 to 2.4 times as fast with the channels last.
@@ -80,8 +81,8 @@ class FastestCaller:
     """Calls the model in the way that saves most time, of those that the model takes.
 
     On a CPU: with `PatchedTensor`, which computes only what a window changes, and with the channels last for large
-    batches. After an error, as of a model that calls `view` on what a convolution returns, the next way is taken from
-    there on; the last one is as the images are.
+    batches, but for small maps (`functional/small_maps.py`). After an error, as of a model that calls `view` on what a
+    convolution returns, the next way is taken from there on; the last one is as the images are.
 
     Attributes:
         patched: Whether patched tensors are tried at all.
@@ -103,7 +104,8 @@ class FastestCaller:
             way = patched and batch.are_covered, layout if len(batch) >= _LARGE_BATCH else torch.preserve_format
             if way not in tried:
                 try:
-                    return self.model(batch.made(way[1], patched=way[0]))
+                    with faster_small_maps():
+                        return self.model(batch.made(way[1], patched=way[0]))
                 except Exception as error:
                     tried[way] = error
             if len(self._ways) == 1:

@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from lightning_interp.functional.regions import EverywhereError, Regions, Sliding, union
+from lightning_interp.functional.small_maps import convolve
 
 aten = torch.ops.aten
 Function = Any  # an overload of an operator
@@ -289,9 +290,8 @@ def _convolve(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     if transposed or isinstance(weight, PatchedTensor) or isinstance(bias, PatchedTensor):
         raise EverywhereError
     sliding = Sliding.of(weight.shape[2:], stride, padding, dilation)
-    return _slide(
-        tensor, sliding, 0.0, lambda x: func(x, weight, bias, stride, [0, 0], dilation, False, output_padding, groups)
-    )
+    rest = (bias, stride, [0, 0], dilation, False, output_padding, groups)
+    return _slide(tensor, sliding, 0.0, lambda x: convolve(func, x, weight, *rest))
 
 
 def _pool_maximum(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
