@@ -41,6 +41,7 @@ def small_cnn() -> nn.Module:
 MODELS: dict[str, tuple[Callable[[], nn.Module], int, int, str]] = {
     "small CNN, 16 images 32x32": (small_cnn, 16, 32, "5"),
     "resnet18, 4 images 64x64": (lambda: torchvision.models.resnet18(weights=None, num_classes=10), 4, 64, "layer4"),
+    "resnet50, 2 images 64x64": (lambda: torchvision.models.resnet50(weights=None, num_classes=10), 2, 64, "layer4"),
     "resnet18, 1 image 224x224": (lambda: torchvision.models.resnet18(weights=None, num_classes=10), 1, 224, "layer4"),
 }
 
