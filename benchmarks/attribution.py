@@ -13,7 +13,9 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
 import captum.attr as captum_attr
 import torch
@@ -22,9 +24,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from lightning_interp.functional import incremental
 from lightning_interp.functional.integrated_gradients import integrated_gradients
 from lightning_interp.functional.occlusion import occlusion, occlusion_map
 from lightning_interp.functional.saliency import Method, saliency_map, saliency_maps
+from lightning_interp.functional.small_maps import convolve
 
 Call = Callable[[], Tensor]
 BATCH = 64
@@ -110,8 +114,31 @@ def measure(ours: Call, theirs: Call, rounds: int) -> tuple[float, float, float]
     return statistics.median(times[0]), statistics.median(times[1]), difference
 
 
+def multiplied(model: nn.Module, call: Call) -> float:
+    """Share of the multiplications of its convolutions that a call does, over forwards of as many whole images."""
+    done, whole = [], []
+
+    def counting(func: Any, maps: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        found = convolve(func, maps, weight, *rest)
+        done.append(found.numel() * weight[0].numel())
+        return found
+
+    def listen(layer: nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> None:
+        whole.append(output.numel() * layer.weight[0].numel())
+        if type(inputs[0]) is Tensor:  # and no patches, which `counting` sees
+            done.append(whole[-1])
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(incremental, "convolve", counting))
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                stack.callback(module.register_forward_hook(listen).remove)
+        call()
+    return sum(done) / sum(whole)
+
+
 def main() -> None:
-    """Prints one table."""
+    """Prints one table, and how much of the arithmetic an occlusion map saves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="calls of each (default 5)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
@@ -121,16 +148,20 @@ def main() -> None:
     table = Table(title="Attribution against captum")
     for heading in ("network", "what", "ours, s", "captum, s", "ratio", "difference"):
         table.add_column(heading, justify="left" if heading in ("network", "what") else "right")
+    shares: list[str] = []
     for name, (make, count, side, layer) in MODELS.items():
         torch.manual_seed(0)
         model = make().eval()
         images, targets = torch.randn(count, 3, side, side), torch.arange(count) % 10
-        for what, (ours, theirs) in cases(model, images, targets, layer).items():
+        made = cases(model, images, targets, layer)
+        shares.append(f"{name}: {multiplied(model, made['occlusion, 64 images a forward'][0]):.0%}")
+        for what, (ours, theirs) in made.items():
             mine, other, difference = measure(ours, theirs, options.rounds)
             if difference > 1e-4:
                 raise RuntimeError(f"{what} on {name} differs from captum by {difference:.1e}")
             table.add_row(name, what, f"{mine:.3f}", f"{other:.3f}", f"{mine / other:.2f}", f"{difference:.0e}")
     Console().print(table)
+    print("Multiplications that an occlusion map does, of those of all forwards:", "; ".join(shares))
 
 
 if __name__ == "__main__":
