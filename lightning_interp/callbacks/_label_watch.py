@@ -135,7 +135,9 @@ def no_classes(labels: Tensor | None) -> str | None:
     rows = labels.reshape(len(labels), -1).double()
     several = rows.shape[1] > 1
     if several and (labels.ndim > 2 or bool(((rows.sum(dim=1) - 1).abs() > 1e-3).any())):
+        pixels = labels.ndim > 2 and not labels.is_floating_point()
         kind = "several labels an image" if about_classes(rows) else "a regression, it seems"
+        kind = "a class for each pixel, it seems" if pixels else kind
         return (
             "Influence needs one class an image, but got labels of shape "
             f"{tuple(labels.shape)} that are no probabilities: {kind}. {way_out}"

@@ -107,6 +107,9 @@ def ascend(  # noqa: PLR0913
         seed: Likewise.
         penalty: On the mean squared distance to the mean, in units of the variance; None takes that for class scores.
         contrast: Of the image to start from; a larger one for what does not respond to a plain image.
+
+    Raises:
+        RuntimeError: If the objective does not depend on the pixels in a way that autograd knows.
     """
     check_positive_int("steps", steps)
     data = data.detach().float() if data.dtype != torch.float64 else data.detach()
@@ -116,13 +119,20 @@ def ascend(  # noqa: PLR0913
     weight = _PENALTY[method] if penalty is None else penalty
     variable = contrast * prior.start(count, generator)
     adam = _Adam(_RATE[method])
+    arrived: list[bool] = []  # gradients of the objective, and not only of the penalty
     for _ in range(steps):
         variable.requires_grad_(True)
         images = prior.images(variable)
-        seen = jittered(images, generator) if method == "fourier" else images
+        seen = jittered(images, generator) if method == "fourier" else images.view_as(images)
         distance = ((images - prior.mean) / spread).square().mean(dim=(1, 2, 3))
+        seen.register_hook(lambda _: arrived.append(True))  # type: ignore[no-untyped-call]
         loss = (weight * distance - objective(seen)).sum()
         (gradient,) = gradients_of(loss, [variable])
+        if not arrived:
+            raise RuntimeError(
+                "no gradient reaches the pixels; something on the way is detached, quantised, checkpointed with "
+                "use_reentrant=True, or runs under torch.no_grad()"
+            )
         variable = adam.step(variable.detach(), torch.zeros_like(variable) if gradient is None else gradient)
     with torch.no_grad():
         return prior.images(variable)

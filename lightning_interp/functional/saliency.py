@@ -156,8 +156,9 @@ def saliency_maps(
 def unseen_message(method: str, model: nn.Module) -> str:
     """What to say about a method that found no activation."""
     return (
-        f"{method} saw no activation in {type(model).__name__}, so its map equals the plain gradient. Write "
-        "activations as modules or functions of torch (nn.ReLU, F.relu, x.relu(), F.gelu, ...) outside TorchScript."
+        f"{method} saw no activation that it has a rule for in {type(model).__name__}, so its map equals the plain "
+        "gradient. It has one for ReLU and its kin (nn.ReLU, F.relu, x.relu(), F.gelu, F.silu, ...), as modules or "
+        "functions of torch outside TorchScript."
     )
 
 

@@ -168,6 +168,12 @@ def inputs_off(history: History, mean: float = 0.2, spread: float = 2.0) -> bool
     return not abs(centre) <= mean or not 1 / spread <= deviation <= spread
 
 
+def inputs_blamed(history: History, scale: float = 1.5) -> bool:
+    """Whether the first batch is that far off, and so large (root mean square) that it may do harm."""
+    centre, deviation = history.fact("input_mean", 0.0), history.fact("input_std", 1.0)
+    return inputs_off(history) and not math.hypot(centre, deviation) <= scale
+
+
 def severity_of(active: Collection[Key], key: Key) -> Severity | None:
     """Severity with which an alert is up; `critical` where only the keys are known; None if it is not up.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,3 +70,19 @@ def still_rising(history: History) -> bool:
         return False
     peak = max(rates, key=lambda point: point.value)  # the first of equal ones
     return peak.value > rates[0].value * 1.001 and peak.step > 0.8 * history.step
+
+
+def rests_since(history: History, part: float = 1e-3) -> int | None:
+    """Step from which on the rate was below this part of its largest, to the end; None if it is not.
+
+    Example:
+        >>> history = History()
+        >>> for step, rate in ((0, 0.1), (10, 1e-5), (20, 1e-7)):
+        ...     history.record("learning_rate", rate, step=step)
+        >>> rests_since(history)
+        10
+    """
+    rates = history.finite("learning_rate")
+    least = part * max((point.value for point in rates), default=0.0)
+    resting = list(takewhile(lambda point: point.value < least, reversed(rates)))
+    return resting[-1].step if resting else None

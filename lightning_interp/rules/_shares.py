@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lightning_interp._options import check_number
 from lightning_interp.errors import ArgumentError
-from lightning_interp.rules._evidence import inputs_off, level, of_unpruned, pruned_share, severity_of, started_badly
+from lightning_interp.rules._evidence import inputs_blamed, level, of_unpruned, pruned_share, severity_of, started_badly
 from lightning_interp.rules._jumps import early_jump
 from lightning_interp.rules.alert import Severity
 from lightning_interp.rules.history import History
@@ -89,7 +89,7 @@ def _cause(
     history: History, now: float, born: float | None, *, jumped: bool, bad_start: bool
 ) -> tuple[str | None, list[str]]:
     """Dead from the start, or after a bad one: not the rate. Died after the loss had leapt up: the rate."""
-    start = ["inputs", "initialisation"] if inputs_off(history) else ["initialisation", "inputs"]
+    start = ["inputs", "initialisation"] if inputs_blamed(history) else ["initialisation", "inputs"]
     start.insert(1, "bias")
     if bad_start:
         return start[0], start[1:]

@@ -80,7 +80,7 @@ class BadStartRule(Rule):
             message=f"The loss before the first update is {first:.3g}{chance}.",
             advice=_advice(cause, mean, std),
             evidence={"first_loss": first, "guess_loss": guess or math.nan, "input_mean": mean, "input_std": std},
-            alternatives=alternatives,
+            alternatives=[*alternatives, "a margin or a scale in the loss"],
             source=SOURCE,
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lightning_interp.rules._evidence import recent_loss, reference_loss
 from lightning_interp.rules._jumps import early_jump
 from lightning_interp.rules._shares import Share, check_thresholds, count, find_shares
 from lightning_interp.rules.alert import Alert
@@ -13,6 +14,7 @@ from lightning_interp.rules.history import History
 from lightning_interp.rules.rule import Key, Rule
 
 SOURCE = "CS231n, neural networks 1 (dying ReLU); Lu et al. 2019 (born dead); shares measured"
+_LOW = 0.1  # part of the loss of a network that has learned nothing
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,9 @@ class DeadFiltersRule(Rule):
     sparsity of a healthy layer for death. Filters that `torch.nn.utils.prune` took out whole don't count, and
     the share is of the others. The cause, for at least half of the dead: dead in every window since before the first
     update, or after a bad start -> inputs (if these are off), initialisation or bias; died after the loss had leapt up
-    in the first steps -> learning rate; else unknown. Does not need a cross-entropy, or any particular loss.
+    in the first steps -> learning rate; else unknown. Of unknown cause, in a network whose loss is below a tenth of
+    where it began, they are a warning at most: it does without them. Does not need a cross-entropy, or any particular
+    loss.
 
     Source: CS231n; Lu et al. 2019. Measured by `benchmarks/diagnosis` against a count over all images: found 110 of
     110 runs with a quarter of a layer dead or more, and one other; on other networks, data and optimizers 142 of 143,
@@ -61,6 +65,9 @@ class DeadFiltersRule(Rule):
             if jump is not None:
                 evidence |= {"jump": jump.factor, "jump_step": float(jump.step)}
             found = count(history, share.layer, share.now, of_unpruned=True)
+            spare = share.cause is None and share.now < 1 and _does_without(history)
+            if spare and share.severity == "critical":
+                share = share._replace(severity="warning")
             yield Alert(
                 rule=self.name,
                 severity=share.severity,
@@ -69,11 +76,20 @@ class DeadFiltersRule(Rule):
                 threshold=dict(zip(("info", "warning", "critical"), thresholds, strict=True))[share.severity],
                 cause=share.cause,
                 message=f"{found} of {share.layer} are dead{_since(share, self.info)}{born}.",
-                advice=_advice(history, share),
+                advice=_SPARE if spare else _advice(history, share),
                 evidence=evidence,
                 alternatives=share.alternatives,
                 source=SOURCE,
             )
+
+
+_SPARE = "Nothing for this run: its loss is low without them, so a narrower layer would do."
+
+
+def _does_without(history: History) -> bool:
+    """Whether the network has learned nearly all there is to learn."""
+    loss, reference = recent_loss(history), reference_loss(history)
+    return loss is not None and reference is not None and loss < _LOW * reference
 
 
 def _since(share: Share, info: float) -> str:

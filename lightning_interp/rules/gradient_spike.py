@@ -12,6 +12,7 @@ from lightning_interp._options import check_at_least, check_number
 from lightning_interp.rules._evidence import (
     RECENT,
     broken_since,
+    guess_loss,
     reference_loss,
     steps_done,
 )
@@ -93,6 +94,9 @@ class GradientSpikeRule(Rule):
         return reference is not None and now > spike.before + self.lost * max(reference - spike.before, spike.before)
 
     def _alert(self, history: History, spike: Spike, now: float | None, gone: bool) -> Alert:
+        guess = guess_loss(history)
+        if guess is not None and spike.before >= guess:  # nothing that a batch could have undone
+            spike = spike._replace(rising=True)
         norms = {point.step: point.value for point in history.finite("gradient_norm")}
         usual = statistics.median(value for step, value in norms.items() if step != spike.step) if norms else None
         numbers = {

@@ -15,6 +15,7 @@ from lightning_interp.rules._evidence import (
     deaths,
     early_end,
     guess_loss,
+    inputs_blamed,
     is_problem,
     recent_loss,
     reference_loss,
@@ -230,9 +231,12 @@ class LearningRateTooHighRule(Rule):
             threshold=threshold,
             cause="learning rate" if bad else "catapult",
             message=message,
-            advice=_advice(history, jump, severity),
+            advice=_advice(history, jump) if bad else _NOTHING if killed is None else _SEE_FILTERS,
             evidence=evidence,
-            alternatives=["a bad batch or a loss that can overflow"] if broken is not None else [],
+            alternatives=[
+                *(["a bad batch or a loss that can overflow"] if broken is not None else []),
+                *(["inputs that are not normalised"] if bad and inputs_blamed(history) else []),
+            ],
             source=SOURCE,
         )
 
@@ -260,7 +264,11 @@ class LearningRateTooHighRule(Rule):
             message=f"The loss was down at {lowest:.3g} and is back at {loss:.3g}, where a guess has {guess:.3g}.",
             advice="Go back to an earlier checkpoint and divide the learning rate by about 3, or clip the gradients.",
             evidence={"lowest_loss": lowest, "loss": loss, "reference_loss": guess},
-            alternatives=["a stretch of bad batches", "weights that grow without weight decay"],
+            alternatives=[
+                "data or a loss that changed at that time",
+                "a stretch of bad batches",
+                "weights that grow without weight decay",
+            ],
             source=SOURCE,
         )
         return [alert]
@@ -304,12 +312,19 @@ def _deaths(killed: Death) -> str:
     return f"{killed.gain:.0%} of the filters of {killed.layer} died since the start"
 
 
-def _advice(history: History, jump: Jump, severity: Severity) -> str:
-    if severity == "info":
-        return "Nothing to do; with a rate much above this one the run would fail."
+_NOTHING = "Nothing to do; with a rate much above this one the run would fail."
+_SEE_FILTERS = "The loss got over it, the filters did not: see dead_filters."
+
+
+def _advice(history: History, jump: Jump) -> str:
     past = [point.value for point in history.finite("learning_rate") if point.step <= jump.step] or [math.nan]
     target = f", to about {past[-1] * jump.rate_factor:.1e}" if past[-1] > 0 else ""
-    return f"Divide the learning rate by about {1 / jump.rate_factor:.0f}{target}, or warm it up."
+    lower = f"ivide the learning rate by about {1 / jump.rate_factor:.0f}{target}, or warm it up."
+    mean, deviation = history.fact("input_mean", 0.0), history.fact("input_std", 1.0)
+    if not (inputs_blamed(history) and math.isfinite(mean) and math.isfinite(deviation)):
+        return f"D{lower}"
+    first = f"Normalise the images first: subtract {mean:.3g} and divide by {deviation:.3g}."
+    return f"{first} If that is not enough, d{lower}"
 
 
 def _evidence(history: History, jump: Jump) -> dict[str, float]:

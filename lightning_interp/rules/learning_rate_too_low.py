@@ -12,6 +12,7 @@ from lightning_interp._options import check_at_least, check_number
 from lightning_interp.rules._evidence import (
     RELAXED,
     first_loss,
+    guess_loss,
     largest_dead,
     reference_loss,
     started_badly,
@@ -28,6 +29,7 @@ from lightning_interp.rules.vanishing_gradient import VanishingGradientRule
 SOURCE = "Trust-region ratio of the update; Schneider et al. 2021 (alpha = 1 - 2 ratio); thresholds measured"
 BLOW_UP_STEPS = 50
 _MOST = 10.0  # times: beyond, the parabola says little
+_LITTLE = 1 / 11  # part of ln C that no rate can gain more than a tenth of ln C from
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,8 @@ class LearningRateTooLowRule(Rule):
         reference = reference_loss(history)
         if reference is None or self._too_early(history) or still_rising(history) or self._explained(history):
             return
-        loss = foreseen_loss(history)
-        if loss is None or loss <= self.loss * reference:
+        loss, guess = foreseen_loss(history), guess_loss(history)
+        if loss is None or loss <= self.loss * reference or (guess is not None and loss < _LITTLE * guess):
             return
         held = (self.name, None) in active
         ratios = self._late(history, "step_ratio", None)
@@ -169,7 +171,12 @@ class LearningRateTooLowRule(Rule):
             ),
             advice=f"Raise the learning rate by about {room:.0f} times{target}.",
             evidence={**numbers, "advised_rate_factor": room},
-            alternatives=["a warm-up or a decay that is too long"],
+            alternatives=[
+                "a warm-up or a decay that is too long",
+                "too few steps",
+                "gradients that are clipped to next to nothing",
+                "strong dropout, augmentation or weight decay",
+            ],
             source=SOURCE,
         )
 

@@ -72,7 +72,8 @@ class OverfittingRule(Rule):
     A training loss above the validation loss (dropout, augmentation) is never told off, nor is a rise of which three
     quarters came at once, or of which half is gone again: a batch that disturbed the normalisation does both. Not said
     if the loss is NaN, a too-high rate or `validation_mismatch` explains it, or the validation set has less than
-    `min_samples`, where its size is known. If `suspect_labels` finds wrong labels, these are the cause.
+    `min_samples`, where its size is known. If `suspect_labels` finds wrong labels, these are the cause; if v* is not
+    below ln C, so that nothing of what was learned ever helped, validation data of another kind (images or labels).
 
     The metric is found by its name (`val_loss`, `valid/loss`, `loss/val`, `validation-nll`, ...; of several the
     shortest). Without a logged validation loss the rule is silent, since the model is not run again for it.
@@ -170,6 +171,7 @@ class OverfittingRule(Rule):
         gained = _accuracy_gain(history, seen.best.step, self.checks)
         surer = gained is not None and gained > self.accuracy and not large
         wrong = _wrong_labels(history)
+        unlike = not wrong and not surer and _never_good(history, seen)
         aside = "" if gained is None else f" (the accuracy changed by {100 * gained:+.1f} points)"
         first = "Look at the labels first (see suspect_labels); then stop" if wrong else "Stop"
         return Alert(
@@ -177,7 +179,7 @@ class OverfittingRule(Rule):
             severity="info" if surer else "warning",
             value=seen.now,
             threshold=self._limit(seen),
-            cause=_WRONG if wrong else "too sure of itself" if surer else "learned by heart",
+            cause=_WRONG if wrong else _UNLIKE if unlike else "too sure of itself" if surer else _BY_HEART,
             message=(
                 f"`{metric}` was down at {seen.best.value:.3g} by step {seen.best.step} and is {seen.now:.3g} or more "
                 f"now, while the training loss fell to {seen.training:.3g}{aside}."
@@ -185,36 +187,50 @@ class OverfittingRule(Rule):
             advice=(
                 "Nothing if the accuracy counts; if the probabilities do, use label smoothing or stop earlier."
                 if surer
+                else _COMPARE
+                if unlike
                 else f"{first} near step {seen.best.step} (EarlyStopping or ModelCheckpoint with monitor={metric!r}), "
                 f"or use {_MORE}."
             ),
             evidence=_evidence(seen) | ({} if gained is None else {"accuracy_gain": gained}),
-            alternatives=["validation data of another kind"] + ([] if wrong else [_WRONG]),
+            alternatives=[_BY_HEART if unlike else _UNLIKE] + ([] if wrong else [_WRONG]),
             source=SOURCE,
         )
 
     def _apart(self, history: History, metric: str, seen: _Seen, severity: Severity) -> Alert:
         wrong = _wrong_labels(history)
+        unlike = not wrong and _never_good(history, seen)
         first = "Look at the labels first (see suspect_labels); then use" if wrong else "Use"
         return Alert(
             rule=self.name,
             severity=severity,
             value=seen.gap,
             threshold=self.large_gap if severity == "warning" else self.gap,
-            cause=_WRONG if wrong else "learned by heart",
+            cause=_WRONG if wrong else _UNLIKE if unlike else _BY_HEART,
             message=(
                 f"The training loss is {seen.training:.2g}, but `{metric}` is still {seen.now:.3g} or more, "
-                f"{seen.gap:.0%} of what a guess has: the training images are learned by heart."
+                f"{seen.gap:.0%} of what a guess has: "
+                f"{'it has never been better than a guess' if unlike else 'the training images are learned by heart'}."
             ),
-            advice=f"{first} {_MORE}; training longer brings nothing.",
+            advice=_COMPARE if unlike else f"{first} {_MORE}; training longer brings nothing.",
             evidence=_evidence(seen),
-            alternatives=["validation data of another kind"] + ([] if wrong else [_WRONG]),
+            alternatives=[_BY_HEART if unlike else _UNLIKE] + ([] if wrong else [_WRONG]),
             source=SOURCE,
         )
 
 
-_WRONG = "wrong labels learned by heart"
+_BY_HEART, _WRONG, _UNLIKE = "learned by heart", "wrong labels learned by heart", "validation data of another kind"
+_COMPARE = (
+    "Compare the images and the labels of both sets (scaling, the order of the classes, which classes occur): the "
+    "validation has never been better than a guess, so to stop earlier brings nothing."
+)
 _MORE = "more images, augmentation, weight decay or dropout"
+
+
+def _never_good(history: History, seen: _Seen) -> bool:
+    """Whether the validation was at its best no better than a guess."""
+    guess = guess_loss(history)
+    return guess is not None and seen.best.value >= guess
 
 
 def _wrong_labels(history: History) -> bool:

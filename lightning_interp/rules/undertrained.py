@@ -21,6 +21,7 @@ from lightning_interp.rules._evidence import (
     steps_done,
 )
 from lightning_interp.rules._forecast import forecast_of
+from lightning_interp.rules._schedule import rests_since
 from lightning_interp.rules.alert import Alert
 from lightning_interp.rules.history import History
 from lightning_interp.rules.learning_rate_too_high import explains_loss
@@ -114,7 +115,8 @@ class UndertrainedRule(Rule):
         threshold = self.fall * float(np.interp(seen.now / scale, _LEFT, (1.0, 0.5)))
         falling = part > threshold * (RELAXED if (self.name, None) in active else 1.0)
         falling = falling and seen.certainty >= self.certainty
-        if falling or self._not_begun(history, seen.now / reference):
+        begun = seen.now <= self.fall * scale  # of a trained network that goes on, the first level is the last one
+        if falling or (not begun and self._not_begun(history, seen.now / reference)):
             future = f"in {self.horizon:g} times the steps it would come to about {seen.later:.3g}"
             what = f"and still falling: {future}" if falling else f"and has not left its first level, {reference:.3g}"
             yield self._alert(history, seen, (part, threshold), reference, what)
@@ -126,6 +128,9 @@ class UndertrainedRule(Rule):
 
     def _alert(self, history: History, seen: Forecast, fall: tuple[float, float], reference: float, what: str) -> Alert:
         apart, separation = _separation(history)
+        rests = rests_since(history)
+        if rests is not None and 2 * rests <= steps_done(history):
+            return self._at_rest(history, seen, fall, reference, rests)
         slow = any(alert.severity == "warning" for alert in LearningRateTooLowRule().check(history, ()))
         longer = f"Train about {self.horizon:g} times as long ({self.horizon * steps_done(history):.0f} steps)"
         return Alert(
@@ -150,6 +155,30 @@ class UndertrainedRule(Rule):
                 **separation,
             },
             alternatives=["too few steps"] if slow else ["learning rate too low"],
+            source=SOURCE,
+        )
+
+    def _at_rest(
+        self, history: History, seen: Forecast, fall: tuple[float, float], reference: float, since: int
+    ) -> Alert:
+        return Alert(
+            rule=self.name,
+            severity="warning" if history.finished else "info",
+            value=fall[0],
+            threshold=fall[1],
+            cause="learning rate decayed to nothing",
+            message=(
+                f"The training loss is {seen.now:.3g}, and next to nothing is learned since step {since}: from there "
+                "on the learning rate was below a thousandth of its largest."
+            ),
+            advice="Look at the schedule: its length, and whether it is stepped once an epoch or with each batch.",
+            evidence={
+                "loss": seen.now,
+                "reference_loss": reference,
+                "steps": float(steps_done(history)),
+                "at_rest_since": float(since),
+            },
+            alternatives=["too few steps"],
             source=SOURCE,
         )
 

@@ -33,7 +33,9 @@ class UntrainedLayerRule(Rule):
     """
 
     name: ClassVar[str] = "untrained_layer"
-    needs: ClassVar[tuple[str, ...]] = ("update_norm", "gradient_norm", "learning_rate", "trainable", "in_optimizer")
+    needs: ClassVar[tuple[str, ...]] = (
+        "update_norm", "gradient_norm", "learning_rate", "trainable", "in_optimizer", "dead_fraction",
+    )  # fmt: skip
 
     min_probes: int = 5
     min_probes_all: int = 20
@@ -93,7 +95,7 @@ class UntrainedLayerRule(Rule):
             message=f"{layer} did not change at all in {probes} probed steps, although it has requires_grad=True.",
             advice=advice,
             evidence={"probes": float(probes), **evidence},
-            alternatives=[] if cause == _NOT_HELD else ["a learning rate of 0 for its parameter group"],
+            alternatives=_ALTERNATIVES.get(cause, []),
             source=SOURCE,
         )
 
@@ -117,7 +119,12 @@ class UntrainedLayerRule(Rule):
         )
 
 
-_NOT_HELD = "in no optimizer"
+_NOT_HELD, _NO_RATE, _NO_GRADIENT = "in no optimizer", "learning rate 0", "no gradient reaches it"
+_ALTERNATIVES = {
+    _NOT_HELD: ["a network that is not to be trained, as a teacher"],
+    _NO_GRADIENT: ["a learning rate of 0 for its parameter group"],
+    None: ["a learning rate of 0 for its parameter group", _NO_GRADIENT],
+}
 _NAMED = 8
 
 
@@ -158,17 +165,37 @@ def _probes(history: History, layer: str, moving: list[str]) -> int:
     return len(steps) - len(left)
 
 
-def _why(history: History, layer: str) -> tuple[str, str, dict[str, float]]:
+def _why(history: History, layer: str) -> tuple[str | None, str, dict[str, float]]:
     """Cause, advice and evidence for a layer that could move and does not."""
     held = history.fact("in_optimizer", 1.0, layer)
     gradients = [point.value for point in history.finite("gradient_norm", layer)]
+    # Of biases and normalisation none is measured: they go by the others that do not move.
+    largest = max(gradients, default=_largest_of_the_still(history))
     evidence = {"in_optimizer": held} | ({"largest_gradient": max(gradients)} if gradients else {})
     if not held:
-        return _NOT_HELD, f"Pass the parameters of {layer} to the optimizer in configure_optimizers.", evidence
-    if gradients and max(gradients) > 0:
-        return "learning rate 0", f"Give the parameter group of {layer} a learning rate above 0.", evidence
+        advice = f"Pass the parameters of {layer} to the optimizer in configure_optimizers"
+        return _NOT_HELD, f"{advice}; call requires_grad_(False) on them if they are not to be trained.", evidence
+    if largest is not None and largest > 0:
+        return _NO_RATE, f"Give the parameter group of {layer} a learning rate above 0.", evidence
+    if dead := _all_dead(history):
+        return (
+            "dead filters",
+            f"See dead_filters: all filters of {dead} are dead, and no gradient passes through them.",
+            evidence | {"dead_fraction": 1.0},
+        )
     return (
-        "no gradient reaches it",
+        None if largest is None else _NO_GRADIENT,
         f"Look between {layer} and the loss for detach(), torch.no_grad(), argmax, or an output that is not used.",
         evidence,
     )
+
+
+def _largest_of_the_still(history: History) -> float | None:
+    still = (layer for layer in history.layers("update_norm") if not _moved(history, layer))
+    return max((point.value for layer in still for point in history.finite("gradient_norm", layer)), default=None)
+
+
+def _all_dead(history: History) -> str | None:
+    """A layer of which not one filter fires."""
+    newest = ((layer, history.get("dead_fraction", layer).last) for layer in history.layers("dead_fraction"))
+    return next((layer for layer, last in newest if last is not None and last.value >= 1), None)

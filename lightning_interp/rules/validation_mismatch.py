@@ -16,6 +16,7 @@ from lightning_interp.rules.rule import Key, Rule
 
 SOURCE = "Ioffe and Szegedy 2015 (batch normalisation in inference), Wu and Johnson 2021 (precise statistics); measured"
 _GAP = 0.1  # part of ln C between validation and training loss from which it is worth asking where it comes from
+_MOST = 1.5  # part of the validation loss above which a lag can't be a part of it, few images allowed for
 _SHARE = 0.5  # part of that gap that must be due to the lag
 
 
@@ -108,7 +109,7 @@ class ValidationMismatchRule(Rule):
             cause=causes[0],
             message=(
                 f"`{metric}` is {lag.validation:.3g} while the training loss is {lag.training:.2g}, but "
-                f"{lag.total:.2g} of that is due to how the network is evaluated: "
+                f"{lag.statistics if statistics else lag.weights:.2g} of that is due to how the network is evaluated: "
                 f"{_MEANS if statistics else _WITH}, it has a loss lower by that on the same images"
                 f"{_FITS if causes[0] == _UNLIKE else ''}."
             ),
@@ -180,6 +181,8 @@ def explains_validation(history: History, metric: str | None = None) -> bool:
 
 def _explains(lag: Lag, relaxed: float = 1.0) -> bool:
     gap = lag.validation - lag.training
+    if lag.total > _MOST * lag.validation:  # those images are not what the user's validation looks at
+        return False
     return gap > 0 and lag.total > relaxed * max(_SHARE * gap, _GAP * lag.guess)
 
 

@@ -268,3 +268,21 @@ def test_class_images_of_digits_convince_networks_that_have_not_made_them():
     assert float(plain.probability.min()) >= 0.99  # by itself a probability tells nothing
     assert 1 - float(judged.mean()) <= 0.5 * (1 - float(judged_plain.mean()))
     assert 1 - float(evidence.augmented.mean()) <= 0.5 * (1 - float(plain.augmented.mean()))
+
+
+@pytest.mark.parametrize("method", ["fourier", "simonyan"])
+def test_pixels_that_no_gradient_reaches_are_refused(method):
+    """A frozen backbone under `no_grad`: the image would only drift to the mean, and convince nobody."""
+
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.head = nn.Conv2d(1, 6, 3), nn.Linear(6, 3)
+
+        def forward(self, images):
+            with torch.no_grad():
+                features = self.backbone(images).mean(dim=(2, 3))
+            return self.head(features)
+
+    with pytest.raises(RuntimeError, match="no gradient reaches the pixels"):
+        maximize_class(Frozen(), [0], data=data(), steps=3, method=method)

@@ -36,7 +36,7 @@ def test_large_inputs_are_blamed_with_the_numbers_to_normalise_by():
 
 def test_small_inputs_are_only_an_alternative():
     (alert,) = check(BadStartRule(), with_inputs(run_of([40.0]), 0.45, 0.25))
-    assert (alert.cause, alert.alternatives) == ("initialisation", ["inputs"])
+    assert (alert.cause, alert.alternatives) == ("initialisation", ["inputs", "a margin or a scale in the loss"])
 
 
 def test_it_clears_when_the_loss_has_come_down_and_not_before():

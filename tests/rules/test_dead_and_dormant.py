@@ -8,7 +8,7 @@ KINDS = [(DeadFiltersRule, "dead_fraction", "dead_filters"), (DormantUnitsRule, 
 
 
 def shares(quantity, values, *, layer="conv1", jump=False):
-    history = run_of(falling(200))
+    history = run_of(falling(200, end=0.5))
     if jump:
         write(history, "loss_before", [2.3] * 5)
         write(history, "loss_after", [20.0] * 5)
@@ -55,6 +55,14 @@ class TestBoth:
         (alert,) = check(rule(), shares(quantity, [0.1, 0.5, 0.5]))
         assert alert.cause is None
         assert alert.alternatives[0] == "learning rate"
+
+    def test_inputs_that_are_off_but_small_are_not_blamed(self, rule, quantity, name):
+        """The root mean square of these is 0.85, that of normalised ones 1."""
+        history = shares(quantity, [0.5, 0.5, 0.5])
+        history.note("input_mean", -0.388)
+        history.note("input_std", 0.753)
+        (alert,) = check(rule(), history)
+        assert alert.cause == "initialisation"
 
     def test_an_alert_is_held_by_the_relaxed_thresholds_up_to_its_severity(self, rule, quantity, name):
         history = shares(quantity, [0.0, 0.22, 0.22])
@@ -153,3 +161,22 @@ def test_after_a_bad_start_that_is_to_blame_and_not_the_rate():
     (alert,) = check(DeadFiltersRule(), history)
     assert (alert.cause, "subtract 120" in alert.advice) == ("inputs", True)
     assert "learning rate" not in alert.alternatives
+
+
+@pytest.mark.parametrize(
+    ("end", "share", "jump", "severity"),
+    [(0.2, 0.53, False, "warning"), (0.5, 0.53, False, "critical"), (0.2, 1.0, False, "critical"),
+     (0.2, 0.53, True, "critical")],
+    ids=["does without", "high loss", "whole layer", "known cause"],
+)  # fmt: skip
+def test_a_network_that_has_learned_without_them_is_not_told_to_start_anew(end, share, jump, severity):
+    """Of 64 filters 34 were dead, and each remedy tried made the network worse."""
+    history = run_of(falling(400, end=end, tau=20.0))
+    if jump:
+        write(history, "loss_before", [2.3] * 5)
+        write(history, "loss_after", [20.0] * 5)
+    write(history, "dead_fraction", [0.0, share, share], layer="fc", every=50)
+    (alert,) = check(DeadFiltersRule(), history)
+    assert alert.severity == severity
+    assert ("narrower" in alert.advice) is (severity == "warning")
+    assert alert.threshold == (0.25 if severity == "warning" else 0.5)

@@ -165,3 +165,11 @@ def test_thresholds_are_checked(argument):
     """By name."""
     with pytest.raises(ArgumentError, match=argument):
         GradientSpikeRule(**{argument: -1})
+
+
+@pytest.mark.parametrize(("before", "cause"), [(2.6, "learning rate"), (2.2, "bad batch")])
+def test_a_run_that_had_learned_nothing_has_nothing_that_a_batch_could_undo(before, cause):
+    """A guess has ln 10, 2.303."""
+    history = spiked([2.3, *[before] * 299, 20.0, *[4.2] * 100])
+    (alert,) = check(GradientSpikeRule(), history)
+    assert alert.cause == cause

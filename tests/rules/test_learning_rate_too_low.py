@@ -149,3 +149,12 @@ def test_few_probes_are_not_enough():
 def test_wrong_thresholds_are_refused():
     with pytest.raises(ArgumentError, match="`ratio`"):
         LearningRateTooLowRule(ratio=97)
+
+
+@pytest.mark.parametrize(("loss", "fires"), [(0.2, False), (0.22, True)])
+def test_a_trained_network_that_goes_on_near_zero_is_left_alone(loss, fires):
+    """It began at 0.25; ln 10 / 11 is 0.209, and no rate can gain more than that."""
+    history = run_of([0.25] + [loss] * 599)
+    write(history, "step_ratio", [0.995] * 30, every=20)
+    write(history, "learning_rate", [1e-5] * 30, every=20)
+    assert bool(check(LearningRateTooLowRule(), history)) is fires

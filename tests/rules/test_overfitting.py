@@ -218,3 +218,22 @@ def test_other_options_are_checked(wrong):
     """By name, too."""
     with pytest.raises(ArgumentError, match=next(iter(wrong))):
         OverfittingRule(**wrong)
+
+
+@pytest.mark.parametrize(("best", "cause"), [(2.31, "validation data of another kind"), (2.29, "learned by heart")])
+def test_a_validation_that_never_was_better_than_a_guess_is_of_another_kind(best, cause):
+    """Labels off by one, or images on another scale: ln 10 is 2.303, and to stop earlier brings nothing."""
+    values = [best + 0.5, best + 0.2, best, best, best, best + 0.1, *[best + 0.3 * step for step in range(1, 7)]]
+    (alert,) = check(OverfittingRule(), validated(values))
+    assert (alert.severity, alert.cause) == ("warning", cause)
+    unlike = cause != "learned by heart"
+    assert ("labels of both sets" in alert.advice) is unlike
+    assert ("EarlyStopping" in alert.advice) is not unlike
+    assert alert.alternatives[0] == ("learned by heart" if unlike else "validation data of another kind")
+
+
+def test_a_gap_to_a_validation_that_never_was_better_than_a_guess_is_no_learning_by_heart():
+    (alert,) = check(OverfittingRule(), validated([35.0] * 12, history=run_of(falling(600, end=0.05, tau=60.0))))
+    assert alert.cause == "validation data of another kind"
+    assert "never been better than a guess" in alert.message
+    assert "by heart" not in alert.message

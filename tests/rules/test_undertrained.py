@@ -219,3 +219,31 @@ def test_forecast_falls_and_scales_with_the_losses(losses, factor):
     assert 0 <= result.later <= result.now + 1e-9
     assert scaled.now == pytest.approx(factor * result.now, rel=1e-6, abs=1e-9)
     assert scaled.later == pytest.approx(factor * result.later, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize(("decay", "rests"), [(0.9, True), (0.985, False)])
+def test_a_rate_that_has_died_is_told_in_the_place_of_more_steps(decay, rests):
+    """A schedule that is stepped with each batch: at such a rate three times the steps bring nothing.
+
+    The rates are below a thousandth of the first after 66 and 458 of the 600 steps.
+    """
+    history = curve(lambda t: 0.79 + 1.5 * math.exp(-t / (10 if rests else 200)), 0.01, 0)
+    for step in [*range(25), *range(30, STEPS, 20)]:
+        history.record("learning_rate", 0.1 * decay**step, step=step)
+    (alert,) = check(UndertrainedRule(), history)
+    assert (alert.cause == "learning rate decayed to nothing") is rests
+    assert ("still falling" in alert.message) is not rests
+    assert ("schedule" in alert.advice) is rests
+    assert alert.evidence.get("at_rest_since") == (70 if rests else None)
+
+
+def test_a_trained_network_that_goes_on_is_not_told_to_begin():
+    """Its first level is near zero, and there it may stay."""
+    level = [0.0115 - 2e-6 * step for step in range(264)]
+    history = run_of(level, finished=True, planned=264)
+    write(history, "step_ratio", [0.999] * 20, every=10)
+    assert check(UndertrainedRule(), history) == []
+    high = run_of([2.3 - 1e-4 * step for step in range(264)], finished=True, planned=264)
+    write(high, "step_ratio", [0.999] * 20, every=10)
+    (alert,) = check(UndertrainedRule(), high)
+    assert "has not left its first level" in alert.message

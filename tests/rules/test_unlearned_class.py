@@ -39,6 +39,34 @@ def test_all_classes_low_is_another_cause():
     assert alert.cause == "nothing has been learned yet"
 
 
+@pytest.mark.parametrize(("loss", "cause"), [(2.1, "nothing has been learned yet"), (1.9, None)])
+def test_all_classes_low_although_the_loss_has_fallen_is_no_sign_that_nothing_was_learned(loss, cause):
+    """0.9 ln 10 is 2.07."""
+    past = history(cat=[0.1, 0.1, 0.1], dog=[0.1, 0.1, 0.2])
+    past.note("num_classes", 10)
+    for step in range(20):
+        past.record("loss", loss, step=step)
+    (alert,) = check(past)
+    assert alert.cause == cause
+    assert ("softmax" in alert.advice) is (cause is None)
+
+
+def test_silent_where_the_network_is_another_one_when_it_is_evaluated():
+    """Then images made for it as it is evaluated say nothing of it."""
+    past = history(cat=[0.1, 0.1, 0.1], dog=[0.1, 0.1, 0.2])
+    past.note("num_classes", 10)
+    for step in range(20):
+        past.record("loss", 0.1, step=step)
+    past.record("validation_metric", 2.3, step=20, layer="val_loss")
+    past.record("statistics_lag", 0.2, step=20)
+    past.record("weights_lag", 0.0, step=20)
+    assert check(past)
+    past.record("validation_metric", 2.3, step=21, layer="val_loss")
+    past.record("statistics_lag", 2.0, step=21)
+    past.record("weights_lag", 0.0, step=21)
+    assert check(past) == []
+
+
 @pytest.mark.parametrize(
     "values", [[], [0.1], [0.1, 0.1], [0.1, 0.2, 0.9], [0.1, 0.9, 0.2], [0.1, math.nan, 0.2], [0.0, 0.5, 0.5]], ids=str
 )

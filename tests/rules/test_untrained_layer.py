@@ -27,11 +27,39 @@ def test_a_layer_that_never_moves_is_a_warning():
     assert alert.cause == "no gradient reaches it"
 
 
+@pytest.mark.parametrize(("share", "cause"), [(1.0, "dead filters"), (0.9, "no gradient reaches it")])
+def test_a_layer_before_one_that_is_dead_is_not_detached(share, cause):
+    """No gradient passes a layer in which no filter fires; a tenth of one is enough."""
+    history = probed({"conv1": [0.0] * 5, "conv2": [0.1] * 5})
+    write(history, "dead_fraction", [share], layer="conv2")
+    (alert,) = check(UntrainedLayerRule(), history)
+    assert alert.cause == cause
+    assert ("conv2" in alert.advice) is (share == 1)
+    assert ("detach" in alert.advice) is (share < 1)
+
+
+@pytest.mark.parametrize(
+    ("still", "gradient", "cause"),
+    [("conv1", 1.0, "learning rate 0"), ("conv1", 0.0, "no gradient reaches it"), (None, 0.0, None)],
+)
+def test_a_normalisation_has_the_cause_of_its_neighbours(still, gradient, cause):
+    """Gradients are measured of weights with two axes or more."""
+    history = probed({"fc": [0.1] * 5} | ({still: [0.0] * 5} if still else {}), gradient=gradient)
+    write(history, "update_norm", [0.0] * 5, layer="norm")
+    history.note("trainable", 1.0, layer="norm")
+    history.note("in_optimizer", 1.0, layer="norm")
+    found = {alert.layer: alert for alert in check(UntrainedLayerRule(), history)}
+    assert {alert.cause for alert in found.values()} == {cause}
+    assert len(found) == 1 + bool(still)
+
+
 def test_a_layer_in_no_optimizer_is_named_so():
     history = probed({"conv1": [0.0] * 5, "conv2": [0.1] * 5}, gradient=1.0)
     history.note("in_optimizer", 0, layer="conv1")
     (alert,) = check(UntrainedLayerRule(), history)
     assert (alert.cause, alert.evidence["in_optimizer"]) == ("in no optimizer", 0.0)
+    assert "requires_grad_(False)" in alert.advice
+    assert "teacher" in alert.alternatives[0]
 
 
 def test_a_gradient_without_an_update_means_a_rate_of_zero():

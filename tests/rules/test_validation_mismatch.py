@@ -131,3 +131,16 @@ def test_thresholds_are_checked():
         ValidationMismatchRule(large=0.05)
     with pytest.raises(ArgumentError, match="checks"):
         ValidationMismatchRule(checks=0)
+
+
+@pytest.mark.parametrize(("lag", "fires"), [(0.98, True), (1.42, False)])
+def test_a_lag_that_is_more_than_the_whole_validation_loss_is_of_other_images(lag, fires):
+    """A step of the user's that resizes or normalises: 0.659 can't fall by 1.42; 64 images may err by half."""
+    history = validated([0.659] * 8, statistics=[lag])
+    assert bool(check(ValidationMismatchRule(), history)) is fires
+
+
+def test_what_is_said_of_the_statistics_is_not_the_sum_of_both():
+    (alert,) = check(ValidationMismatchRule(), validated(statistics=[0.965], weights=[0.311]))
+    assert "but 0.96 of that" in alert.message
+    assert alert.value == pytest.approx(0.965 + 0.311)
