@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lightning_interp.rules._evidence import recent_loss, reference_loss
+from lightning_interp.rules._evidence import RELAXED, recent_loss, reference_loss, severity_of
 from lightning_interp.rules._jumps import early_jump
 from lightning_interp.rules._shares import Share, check_thresholds, count, find_shares
 from lightning_interp.rules.alert import Alert
@@ -65,7 +65,8 @@ class DeadFiltersRule(Rule):
             if jump is not None:
                 evidence |= {"jump": jump.factor, "jump_step": float(jump.step)}
             found = count(history, share.layer, share.now, of_unpruned=True)
-            spare = share.cause is None and share.now < 1 and _does_without(history)
+            held = severity_of(active, (self.name, share.layer)) == "warning"
+            spare = share.cause is None and share.now < 1 and _does_without(history, RELAXED if held else 1.0)
             if spare and share.severity == "critical":
                 share = share._replace(severity="warning")
             yield Alert(
@@ -86,10 +87,10 @@ class DeadFiltersRule(Rule):
 _SPARE = "Nothing for this run: its loss is low without them, so a narrower layer would do."
 
 
-def _does_without(history: History) -> bool:
+def _does_without(history: History, relaxed: float) -> bool:
     """Whether the network has learned nearly all there is to learn."""
     loss, reference = recent_loss(history), reference_loss(history)
-    return loss is not None and reference is not None and loss < _LOW * reference
+    return loss is not None and reference is not None and loss < _LOW / relaxed * reference
 
 
 def _since(share: Share, info: float) -> str:

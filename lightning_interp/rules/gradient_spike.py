@@ -37,7 +37,8 @@ class GradientSpikeRule(Rule):
 
     A warning for `keep` steps. Critical as long as the loss stays above `lost` of the way from the loss before it back
     to L0 (ln C or the first loss, the smaller one): that one batch has undone the training. The cause is a bad batch,
-    unless the loss was on its way up already or the update before had overshot (step ratio < 0): then the rate.
+    unless the loss was on its way up already, or no better than a guess, or the update before had overshot (step
+    ratio < 0): then the rate.
 
     Not said if the loss is NaN, if a too-high rate explains an early jump, or if `exploding_gradient` speaks. A batch
     of images on the wrong scale has no high loss in a network that normalises its first layer (BatchNorm, GroupNorm):

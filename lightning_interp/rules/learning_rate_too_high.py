@@ -319,12 +319,12 @@ _SEE_FILTERS = "The loss got over it, the filters did not: see dead_filters."
 def _advice(history: History, jump: Jump) -> str:
     past = [point.value for point in history.finite("learning_rate") if point.step <= jump.step] or [math.nan]
     target = f", to about {past[-1] * jump.rate_factor:.1e}" if past[-1] > 0 else ""
-    lower = f"ivide the learning rate by about {1 / jump.rate_factor:.0f}{target}, or warm it up."
+    lower = f"divide the learning rate by about {1 / jump.rate_factor:.0f}{target}, or warm it up."
     mean, deviation = history.fact("input_mean", 0.0), history.fact("input_std", 1.0)
     if not (inputs_blamed(history) and math.isfinite(mean) and math.isfinite(deviation)):
-        return f"D{lower}"
+        return lower[0].upper() + lower[1:]
     first = f"Normalise the images first: subtract {mean:.3g} and divide by {deviation:.3g}."
-    return f"{first} If that is not enough, d{lower}"
+    return f"{first} If that is not enough, {lower}"
 
 
 def _evidence(history: History, jump: Jump) -> dict[str, float]:

@@ -48,7 +48,8 @@ class LearningRateTooLowRule(Rule):
     `min_steps` where no end is planned), and the loss that counts is the one foreseen for the end (see `forecast`).
     Not said after an early blow-up (loss above `blow_up` times the first one) or a bad start, nor where `dead` or more
     of a layer is dead, the gradient vanishes or the labels are wrong: then a high loss or small updates are a
-    consequence; nor while a warm-up is still rising or has just ended.
+    consequence; nor while a warm-up is still rising or has just ended; nor below ln C / 11, where a trained network
+    goes on and no rate has more to gain.
 
     Without a cross-entropy the first loss stands for ln C. Where the loss function was not recognised there is no
     ratio: then the median update ratio of the layers below `update_ratio` is the sign, with a loss still above

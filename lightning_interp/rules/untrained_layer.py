@@ -18,7 +18,8 @@ SOURCE = "TrainCheck and SageMaker Debugger check for tensors that do not change
 class UntrainedLayerRule(Rule):
     """All probed updates of a layer are exactly 0.
 
-    With `requires_grad=True` that is a warning: the layer is in no optimizer, or no gradient reaches it. A layer with
+    With `requires_grad=True` that is a warning: the layer is in no optimizer, its rate is 0, or no gradient reaches it,
+    be it for dead filters (if all of some layer are) or a cut in the graph. A layer with
     `requires_grad=False` was frozen on purpose: information, of all such layers at once. Works for any loss.
 
     A probed step counts only if some layer moved at it, so that a warm-up that starts at rate 0 and a step skipped by

@@ -67,7 +67,8 @@ class ValidationMismatchRule(Rule):
     Fires if the sum of the two is more than half of v - t and more than 0.1 ln C; the validation then says little of
     the network, and `overfitting` is silent. A warning if it has been more than `large` ln C in the last `checks`
     validations, else information. Only for a cross-entropy (of a model that is not compiled), a validation loss that is
-    logged (found as in `overfitting`), and validation data that can be read by index.
+    logged (found as in `overfitting`), and validation data that can be read by index. Where the sum is more than 1.5 v,
+    what is read there is not what the validation looks at (a step that resizes or scales), and nothing is said.
 
     Source: Ioffe and Szegedy 2015, section 3.1; Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3.
 

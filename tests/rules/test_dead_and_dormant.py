@@ -163,6 +163,14 @@ def test_after_a_bad_start_that_is_to_blame_and_not_the_rate():
     assert "learning rate" not in alert.alternatives
 
 
+def test_a_loss_that_wavers_about_a_tenth_does_not_change_the_severity_again_and_again():
+    """0.11 of ln 10 holds what 0.09 has made a warning."""
+    history = run_of(falling(400, end=0.11 * 2.303, tau=20.0))
+    write(history, "dead_fraction", [0.0, 0.53, 0.53], layer="fc", every=50)
+    assert check(DeadFiltersRule(), history)[0].severity == "critical"
+    assert check(DeadFiltersRule(), history, {("dead_filters", "fc"): "warning"})[0].severity == "warning"
+
+
 @pytest.mark.parametrize(
     ("end", "share", "jump", "severity"),
     [(0.2, 0.53, False, "warning"), (0.5, 0.53, False, "critical"), (0.2, 1.0, False, "critical"),
