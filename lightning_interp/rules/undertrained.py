@@ -53,8 +53,8 @@ class UndertrainedRule(Rule):
 
     A run may also end on the level where it began, before the fall has set in: above `not_begun` of L0 with steps that
     are short (median step ratio above `short`) more of them, or longer ones, are due, whatever the curve says; but not
-    where less than `fall` is left of it, as in a trained network that goes on. If the rate was below a thousandth of its
-    largest for the last half of the steps or more, that is the cause, and no more steps are advised.
+    where less than `fall` is left of it, as in a trained network that goes on. If the rate was below a thousandth of
+    its largest for the last half of the steps or more, that is the cause, and no more steps are advised.
 
     Where the embedding is measured, the alert says too whether the classes were still moving apart (`knn_accuracy` over
     the last half): evidence, not a condition. Otherwise it speaks of the training loss only. A loss that is near zero
