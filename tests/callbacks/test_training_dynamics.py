@@ -67,6 +67,7 @@ def test_facts_of_the_run():
 
 def test_number_of_classes_is_unknown_if_the_loss_is_only_like_a_cross_entropy():
     """Mixed or scaled losses have another floor."""
+    torch.manual_seed(0)  # in one run of a hundred one of the two losses is the mixture to four digits
     assert ("num_classes", None) not in fit(MixUp(), strict()).history.facts
     assert ("num_classes", None) not in fit(Binary(), strict()).history.facts
 
@@ -100,6 +101,7 @@ class Close(Plain):
 )
 def test_what_goes_into_the_cross_entropy_is_noted(model, soft, normalised):
     """Targets that are no indices leave a floor that nobody knows; probabilities are no scores."""
+    torch.manual_seed(0)
     facts = fit(model(), strict()).history.facts
     assert facts.get(("soft_targets", None)) == soft
     assert facts.get(("scores_normalised", None)) == normalised
