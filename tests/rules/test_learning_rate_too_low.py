@@ -168,6 +168,7 @@ def test_targets_that_are_shared_between_classes_make_it_information():
     (alert,) = check(LearningRateTooLowRule(), history)
     assert alert.severity == "info"
     assert "always remains" in alert.alternatives[0]
+    assert "targets: raise the learning rate by about 10 times" in alert.advice
 
 
 def test_a_softmax_before_the_cross_entropy_is_the_cause_and_no_rate_is_advised():
