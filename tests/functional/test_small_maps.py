@@ -14,6 +14,12 @@ from lightning_interp.functional.small_maps import convolve, faster_small_maps
 LAST = torch.channels_last
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled(monkeypatch):
+    """Whatever other tests have compiled in this process."""
+    monkeypatch.setattr(small_maps, "anything_compiled", lambda: False)
+
+
 def maps_and_weight(size, channels=(24, 40), groups=1, count=3):
     generator = torch.Generator().manual_seed(0)
     maps = torch.randn(count, channels[0], *size, generator=generator)
