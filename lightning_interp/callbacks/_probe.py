@@ -191,6 +191,18 @@ class SameBatchProbe:
         calls = [call for call in self._tape.calls if call.num_classes is not None]
         return (calls[-1].num_classes or 0, calls[-1].value) if calls else None
 
+    @property
+    def soft_targets(self) -> Tensor | None:
+        """Value of the last cross-entropy of targets that are no indices, None if there was none."""
+        calls = [call for call in self._tape.calls if call.name == "cross_entropy"]
+        soft = [call.value for call in calls if call.arguments["target"].is_floating_point()]
+        return soft[-1] if soft and soft[-1].ndim == 0 else None
+
+    @property
+    def normalised(self) -> Tensor | None:
+        """1 if the scores of the last cross-entropy of the step were probabilities already, else 0."""
+        return self._tape.normalised
+
     def measure(
         self, returned: Tensor, back: dict[int, Tensor], forward_context: AbstractContextManager[Any]
     ) -> dict[str, Tensor]:

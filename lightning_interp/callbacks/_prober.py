@@ -122,6 +122,8 @@ class Prober:
             notes["resolution"] = probe.resolution
             if probe.num_classes is not None:
                 notes["num_classes"], tensors["classified"] = probe.num_classes
+            more = {"softened": probe.soft_targets, "normalised": probe.normalised}
+            tensors |= {name: value for name, value in more.items() if value is not None}
         self._backlog.add("probe", step, tensors, **notes)
 
     def _again(

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from lightning_interp.functional.hooks import in_backward
@@ -30,6 +31,7 @@ _FUNCTIONS = RESHAPES | SUMS | PRODUCTS | frozenset({
     "clamp", "mean", "sum", "pow", "sqrt", "adaptive_avg_pool2d", "avg_pool2d", "normalize",
 })  # fmt: skip
 _MOST_ENTRIES = 256
+_SUM_TO_ONE = 1e-3  # how near the sums of probabilities are, in 16 bits too
 
 
 class Slot(NamedTuple):
@@ -89,10 +91,12 @@ class Tape(LossCapture):
 
     Attributes:
         seconds: What recording took, inside the user's step.
+        normalised: 0-d, 1 if the scores of the last cross-entropy are probabilities already, else 0; None without one.
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
+        self.normalised: Tensor | None = None
         self.entries: list[Entry] = []
         self.seconds = 0.0
         self._device = device
@@ -129,6 +133,16 @@ class Tape(LossCapture):
         if entry is not None and entry.parents:
             self.guarded(lambda: self._keep(entry, output))
         return output
+
+    def _note(self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        known = len(self.calls)
+        super()._note(func, args, kwargs, output)
+        scores = self.calls[-1].scores if len(self.calls) > known else None
+        if func is cross_entropy and scores is not None and scores.ndim > 1:
+            with torch.no_grad(), torch._C.DisableTorchFunction():
+                rows = scores.detach()
+                one = ((rows.sum(dim=1) - 1).abs() < _SUM_TO_ONE).all()
+                self.normalised = ((rows >= 0).all() & one).float()
 
     def guarded(self, work: Callable[[], Any]) -> Any:
         """Runs our own code inside the user's step; an error of ours is kept in `error`, not raised there."""

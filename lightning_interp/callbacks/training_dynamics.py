@@ -60,8 +60,8 @@ class TrainingDynamics(InterpCallback):
     provides: ClassVar[tuple[str, ...]] = ("update_ratio", "gradient_norm", "step_ratio", "learning_rate", "cost")
     measures: ClassVar[tuple[str, ...]] = (
         "loss", "loss_peak", "loss_before", "loss_after", "step_ratio", "learning_rate", "gradient_norm", "update_norm",
-        "update_ratio", "num_classes", "planned_steps", "input_mean", "input_std", "non_finite_step", "trainable",
-        "in_optimizer",
+        "update_ratio", "num_classes", "soft_targets", "scores_normalised", "planned_steps", "input_mean", "input_std",
+        "non_finite_step", "trainable", "in_optimizer",
     )  # fmt: skip
 
     def __init__(  # noqa: PLR0913 - options
@@ -312,6 +312,10 @@ class TrainingDynamics(InterpCallback):
         history, returned = self.notebook(trainer), item.values["returned"][0]
         if "classified" in item.values and agree(item.values["classified"][0], returned):
             history.note("num_classes", item.notes["num_classes"])
+            history.note("soft_targets", 0.0)
+            history.note("scores_normalised", item.values.get("normalised", [0.0])[0])
+        if "softened" in item.values:
+            history.note("soft_targets", float(agree(item.values["softened"][0], returned)))
         losses = same_batch(item.values, exact=item.notes["exact"], resolution=item.notes["resolution"])
         if losses is None:
             log.debug("step %d: no loss function leads to the returned loss %g", item.step, returned)

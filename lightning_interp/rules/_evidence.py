@@ -168,6 +168,15 @@ def inputs_off(history: History, mean: float = 0.2, spread: float = 2.0) -> bool
     return not abs(centre) <= mean or not 1 / spread <= deviation <= spread
 
 
+def softmax_twice(history: History) -> bool:
+    """Whether the cross-entropy is given probabilities: its floor is then ln(e + C - 1) - 1, 1.46 for ten classes."""
+    return history.fact("scores_normalised", 0.0) > 0
+
+
+TWICE = "softmax before the cross-entropy"
+TWICE_ADVICE = "Give the cross-entropy the scores themselves: it takes the softmax of what it gets, here a second time."
+
+
 def inputs_blamed(history: History, scale: float = 1.5) -> bool:
     """Whether the first batch is that far off, and so large (root mean square) that it may do harm."""
     centre, deviation = history.fact("input_mean", 0.0), history.fact("input_std", 1.0)

@@ -30,6 +30,8 @@ update stands at step 0.
 | fact | per layer | what |
 |---|---|---|
 | `num_classes` | no | known only if the loss is a cross-entropy: then ln(num_classes) is the loss of a guess |
+| `soft_targets` | no | 1 if the loss is a cross-entropy of targets that are no indices: its floor is not known |
+| `scores_normalised` | no | 1 if the scores that go into the cross-entropy are probabilities already |
 | `planned_steps` | no | steps that the run is going to take; infinity if unknown |
 | `input_mean`, `input_std` | no | of the images of the first training batch |
 | `train_samples` | no | images of the training set whose loss is collected, on all ranks |

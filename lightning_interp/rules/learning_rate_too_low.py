@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from lightning_interp._options import check_at_least, check_number
 from lightning_interp.rules._evidence import (
     RELAXED,
+    TWICE,
+    TWICE_ADVICE,
     first_loss,
     guess_loss,
     largest_dead,
     reference_loss,
+    softmax_twice,
     started_badly,
     steps_done,
 )
@@ -49,7 +52,8 @@ class LearningRateTooLowRule(Rule):
     Not said after an early blow-up (loss above `blow_up` times the first one) or a bad start, nor where `dead` or more
     of a layer is dead, the gradient vanishes or the labels are wrong: then a high loss or small updates are a
     consequence; nor while a warm-up is still rising or has just ended; nor below ln C / 11, where a trained network
-    goes on and no rate has more to gain.
+    goes on and no rate has more to gain. Information at most if the targets of a cross-entropy are no indices (mixed
+    images, distillation), since nobody knows its floor; if its scores are probabilities already, that is the cause.
 
     Without a cross-entropy the first loss stands for ln C. Where the loss function was not recognised there is no
     ratio: then the median update ratio of the layers below `update_ratio` is the sign, with a loss still above
@@ -80,6 +84,7 @@ class LearningRateTooLowRule(Rule):
     name: ClassVar[str] = "learning_rate_too_low"
     needs: ClassVar[tuple[str, ...]] = (
         "loss", "step_ratio", "learning_rate", "update_ratio", "dead_fraction", "num_classes", "filter_movement",
+        "soft_targets", "scores_normalised",
     )  # fmt: skip
     patience: ClassVar[int] = 2
 
@@ -122,7 +127,8 @@ class LearningRateTooLowRule(Rule):
             ratio = statistics.median(ratios) if len(ratios) >= self.min_probes else 0.0
             threshold = self._threshold(loss / reference)
             if ratio > (1 - (1 - threshold) / RELAXED if held else threshold):
-                yield self._by_ratio(ratio, threshold, {**numbers, "step_ratio": ratio}, _largest_rate(history))
+                alert = self._by_ratio(ratio, threshold, {**numbers, "step_ratio": ratio}, _largest_rate(history))
+                yield _with_its_floor(history, alert)
         elif loss > 0.5 * reference:
             layers = history.layers("update_ratio")
             updates = [update for layer in layers for update in self._late(history, "update_ratio", layer)]
@@ -208,3 +214,18 @@ class LearningRateTooLowRule(Rule):
 
 def _largest_rate(history: History) -> float:
     return max((point.value for point in history.finite("learning_rate")), default=0.0)
+
+
+def _with_its_floor(history: History, alert: Alert) -> Alert:
+    """The same where the loss can't come near zero, so that it says little of the rate."""
+    if softmax_twice(history):
+        others = ["learning rate too low", *alert.alternatives]
+        evidence = {name: value for name, value in alert.evidence.items() if name != "advised_rate_factor"}
+        return replace(alert, cause=TWICE, advice=TWICE_ADVICE, alternatives=others, evidence=evidence)
+    if history.fact("soft_targets", 0.0) > 0:
+        advice = f"Only if the loss is far above the entropy of the targets: r{alert.advice[1:]}"
+        return replace(alert, severity="info", advice=advice, alternatives=[_FLOOR, *alert.alternatives])
+    return alert
+
+
+_FLOOR = "targets that are shared between classes, of which a part of the loss always remains"

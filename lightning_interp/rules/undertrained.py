@@ -14,10 +14,13 @@ from lightning_interp._options import check_at_least, check_number
 from lightning_interp.rules._curve import Forecast
 from lightning_interp.rules._evidence import (
     RELAXED,
+    TWICE,
+    TWICE_ADVICE,
     broken_since,
     guess_loss,
     largest_dead,
     reference_loss,
+    softmax_twice,
     steps_done,
 )
 from lightning_interp.rules._forecast import forecast_of
@@ -82,7 +85,7 @@ class UndertrainedRule(Rule):
     name: ClassVar[str] = "undertrained"
     needs: ClassVar[tuple[str, ...]] = (
         "loss", "planned_steps", "num_classes", "dead_fraction", "loss_before", "loss_after", "step_ratio",
-        "learning_rate",
+        "learning_rate", "scores_normalised",
     )  # fmt: skip
 
     fall: float = 0.09
@@ -133,6 +136,7 @@ class UndertrainedRule(Rule):
         rests = rests_since(history)
         if rests is not None and 2 * rests <= steps_done(history):
             return self._at_rest(history, seen, fall, reference, rests)
+        twice = softmax_twice(history)
         slow = any(alert.severity == "warning" for alert in LearningRateTooLowRule().check(history, ()))
         longer = f"Train about {self.horizon:g} times as long ({self.horizon * steps_done(history):.0f} steps)"
         return Alert(
@@ -140,10 +144,12 @@ class UndertrainedRule(Rule):
             severity="warning" if history.finished else "info",
             value=fall[0],
             threshold=fall[1],
-            cause="learning rate too low" if slow else "too few steps",
+            cause=TWICE if twice else "learning rate too low" if slow else "too few steps",
             message=f"The training loss is {seen.now:.3g} {what}.{apart}",
             advice=(
-                "Raise the learning rate first (see learning_rate_too_low), then train longer if need be."
+                TWICE_ADVICE
+                if twice
+                else "Raise the learning rate first (see learning_rate_too_low), then train longer if need be."
                 if slow
                 else f"{longer}, if the validation loss is falling too."
             ),
@@ -156,7 +162,7 @@ class UndertrainedRule(Rule):
                 "advised_steps_factor": self.horizon,
                 **separation,
             },
-            alternatives=["too few steps"] if slow else ["learning rate too low"],
+            alternatives=["too few steps"] if slow or twice else ["learning rate too low"],
             source=SOURCE,
         )
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import pytorch_lightning as pl
 import torch
+from torch.nn import functional as F
 
 from lightning_interp.callbacks import training_dynamics
 from lightning_interp.callbacks._readings import movement, same_batch
@@ -66,8 +67,44 @@ def test_facts_of_the_run():
 
 def test_number_of_classes_is_unknown_if_the_loss_is_only_like_a_cross_entropy():
     """Mixed or scaled losses have another floor."""
+    torch.manual_seed(0)  # in one run of a hundred one of the two losses is the mixture to four digits
     assert ("num_classes", None) not in fit(MixUp(), strict()).history.facts
     assert ("num_classes", None) not in fit(Binary(), strict()).history.facts
+
+
+class Softened(Plain):
+    """Targets that are shared between two classes."""
+
+    def loss(self, batch):
+        targets = 0.7 * F.one_hot(batch[1], CLASSES) + 0.3 * F.one_hot(batch[1].flip(0), CLASSES)
+        return F.cross_entropy(self.net(batch[0]), targets)
+
+
+class Twice(Plain):
+    """A softmax before the cross-entropy."""
+
+    def loss(self, batch):
+        return F.cross_entropy(self.net(batch[0]).softmax(dim=1), batch[1])
+
+
+class Close(Plain):
+    """Scores that add up to one, but some are negative."""
+
+    def loss(self, batch):
+        scores = self.net(batch[0])
+        return F.cross_entropy(scores - scores.mean(dim=1, keepdim=True) + 1 / CLASSES, batch[1])
+
+
+@pytest.mark.parametrize(
+    ("model", "soft", "normalised"),
+    [(Plain, 0, 0), (Softened, 1, None), (Twice, 0, 1), (Close, 0, 0), (MixUp, None, None)],
+)
+def test_what_goes_into_the_cross_entropy_is_noted(model, soft, normalised):
+    """Targets that are no indices leave a floor that nobody knows; probabilities are no scores."""
+    torch.manual_seed(0)
+    facts = fit(model(), strict()).history.facts
+    assert facts.get(("soft_targets", None)) == soft
+    assert facts.get(("scores_normalised", None)) == normalised
 
 
 def test_first_bad_step_is_named_for_the_loss_and_for_the_layer():

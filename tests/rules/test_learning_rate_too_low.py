@@ -158,3 +158,27 @@ def test_a_trained_network_that_goes_on_near_zero_is_left_alone(loss, fires):
     write(history, "step_ratio", [0.995] * 30, every=20)
     write(history, "learning_rate", [1e-5] * 30, every=20)
     assert bool(check(LearningRateTooLowRule(), history)) is fires
+
+
+def test_targets_that_are_shared_between_classes_make_it_information():
+    """Mixed images: some 0.4 of the loss always remain, and six times the rate changed nothing."""
+    history = slow(loss=1.05, ratio=0.95, classes=None)
+    assert check(LearningRateTooLowRule(), history)[0].severity == "warning"
+    history.note("soft_targets", 1.0)
+    (alert,) = check(LearningRateTooLowRule(), history)
+    assert alert.severity == "info"
+    assert "always remains" in alert.alternatives[0]
+    assert "targets: raise the learning rate by about 10 times" in alert.advice
+
+
+def test_a_softmax_before_the_cross_entropy_is_the_cause_and_no_rate_is_advised():
+    """The floor of ten classes is ln(e + 9) - 1 = 1.461."""
+    history = slow(loss=1.47, ratio=0.95)
+    history.note("scores_normalised", 0.0)
+    assert check(LearningRateTooLowRule(), history)[0].cause == "learning rate too low"
+    history.note("scores_normalised", 1.0)
+    (alert,) = check(LearningRateTooLowRule(), history)
+    assert (alert.severity, alert.cause) == ("warning", "softmax before the cross-entropy")
+    assert alert.alternatives[0] == "learning rate too low"
+    assert "advised_rate_factor" not in alert.evidence
+    assert "Raise" not in alert.advice

@@ -247,3 +247,11 @@ def test_a_trained_network_that_goes_on_is_not_told_to_begin():
     write(high, "step_ratio", [0.999] * 20, every=10)
     (alert,) = check(UndertrainedRule(), high)
     assert "has not left its first level" in alert.message
+
+
+def test_a_softmax_before_the_cross_entropy_comes_before_more_steps():
+    history = curve(CUT_SHORT["straight"], 0.0, 0)
+    history.note("scores_normalised", 1.0)
+    (alert,) = check(UndertrainedRule(), history)
+    assert (alert.cause, alert.alternatives) == ("softmax before the cross-entropy", ["too few steps"])
+    assert "scores themselves" in alert.advice
