@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_interp._options import check_choice, check_positive_int, expected
 from lightning_interp.errors import ArgumentError
-from lightning_interp.functional.gradients import gradients_of
+from lightning_interp.functional.gradients import NO_PIXEL_GRADIENT, gradients_of
 from lightning_interp.functional.image_prior import FourierPrior, PixelPrior
 from lightning_interp.functional.jitter import jittered
 from lightning_interp.functional.undisturbed import undisturbed
@@ -129,10 +129,7 @@ def ascend(  # noqa: PLR0913
         loss = (weight * distance - objective(seen)).sum()
         (gradient,) = gradients_of(loss, [variable])
         if not arrived:
-            raise RuntimeError(
-                "no gradient reaches the pixels; something on the way is detached, quantised, checkpointed with "
-                "use_reentrant=True, or runs under torch.no_grad()"
-            )
+            raise RuntimeError(NO_PIXEL_GRADIENT)
         variable = adam.step(variable.detach(), torch.zeros_like(variable) if gradient is None else gradient)
     with torch.no_grad():
         return prior.images(variable)

@@ -22,6 +22,12 @@ class CheckpointedError(RuntimeError):
     """The model is checkpointed in the way in which autograd gives no gradient of images."""
 
 
+NO_PIXEL_GRADIENT = (
+    "no gradient reaches the pixels; something on the way is detached, quantised, checkpointed with "
+    "use_reentrant=True, or runs under torch.no_grad()"
+)
+
+
 def gradients_of(output: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     """`torch.autograd.grad` of a single number; None for inputs that it does not depend on.
 

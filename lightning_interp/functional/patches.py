@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_interp._options import check_positive_int
 from lightning_interp.errors import ArgumentError
-from lightning_interp.functional.gradients import gradients_of
+from lightning_interp.functional.gradients import NO_PIXEL_GRADIENT, gradients_of
 from lightning_interp.functional.reach import Units, channels_second, check_layer, find_units, reach
 from lightning_interp.functional.rectifiers import Rectifiers
 from lightning_interp.functional.undisturbed import undisturbed
@@ -183,10 +183,7 @@ def project_patches(  # noqa: PLR0913 - three of them say which activation of ea
         values = chosen[rows, filters.to(activation.device), positions.to(activation.device)]
         (gradient,) = gradients_of(values.sum(), [watched]) if values.requires_grad else (None,)
     if gradient is None:
-        raise RuntimeError(
-            "no gradient reaches the pixels; something on the way is detached, quantised, checkpointed with "
-            "use_reentrant=True, or runs under torch.no_grad()"
-        )
+        raise RuntimeError(NO_PIXEL_GRADIENT)
     return gradient.detach(), values.detach()
 
 

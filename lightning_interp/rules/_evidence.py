@@ -168,6 +168,9 @@ def inputs_off(history: History, mean: float = 0.2, spread: float = 2.0) -> bool
     return not abs(centre) <= mean or not 1 / spread <= deviation <= spread
 
 
+LEARNED = 0.9  # part of ln C below which a network has learned something
+
+
 def softmax_twice(history: History) -> bool:
     """Whether the cross-entropy is given probabilities: its floor is then ln(e + C - 1) - 1, 1.46 for ten classes."""
     return history.fact("scores_normalised", 0.0) > 0
@@ -177,10 +180,10 @@ TWICE = "softmax before the cross-entropy"
 TWICE_ADVICE = "Give the cross-entropy the scores themselves: it takes the softmax of what it gets, here a second time."
 
 
-def inputs_blamed(history: History, scale: float = 1.5) -> bool:
-    """Whether the first batch is that far off, and so large (root mean square) that it may do harm."""
+def inputs_blamed(history: History, scale: float = 1.5, mean: float = 0.2, spread: float = 2.0) -> bool:
+    """Whether the first batch is that far off, and so large (root mean square above `scale`) that it may do harm."""
     centre, deviation = history.fact("input_mean", 0.0), history.fact("input_std", 1.0)
-    return inputs_off(history) and not math.hypot(centre, deviation) <= scale
+    return inputs_off(history, mean, spread) and not math.hypot(centre, deviation) <= scale
 
 
 def severity_of(active: Collection[Key], key: Key) -> Severity | None:

@@ -12,6 +12,7 @@ from lightning_interp.rules._evidence import (
     RELAXED,
     first_loss,
     guess_loss,
+    inputs_blamed,
     inputs_off,
     recent_loss,
     severity_of,
@@ -69,7 +70,7 @@ class BadStartRule(Rule):
         if guess is not None and math.isfinite(first) and not self._still_bad(history, guess, held is not None):
             return
         mean, std = history.fact("input_mean", math.nan), history.fact("input_std", math.nan)
-        cause, alternatives = self._cause(history, mean, std)
+        cause, alternatives = self._cause(history)
         chance = "" if guess is None else f", where a guess among {math.exp(guess):.0f} classes has {guess:.2f}"
         yield Alert(
             rule=self.name,
@@ -88,12 +89,12 @@ class BadStartRule(Rule):
         now = recent_loss(history)
         return now is not None and now > 0.9 * guess * (RELAXED if held else 1.0)
 
-    def _cause(self, history: History, mean: float, std: float) -> tuple[str, list[str]]:
-        unknown = math.isnan(mean) and ("input_mean", None) not in history.facts
-        off = not unknown and inputs_off(history, self.input_mean, self.input_spread)
-        if off and not math.hypot(mean, std) <= self.input_scale:
+    def _cause(self, history: History) -> tuple[str, list[str]]:
+        limits = self.input_mean, self.input_spread
+        if inputs_blamed(history, self.input_scale, *limits):
             return "inputs", ["initialisation"]
-        return "initialisation", ["inputs"] if off or unknown else []
+        unknown = ("input_mean", None) not in history.facts
+        return "initialisation", ["inputs"] if unknown or inputs_off(history, *limits) else []
 
 
 def _advice(cause: str, mean: float, std: float) -> str:

@@ -223,7 +223,8 @@ def _with_its_floor(history: History, alert: Alert) -> Alert:
         evidence = {name: value for name, value in alert.evidence.items() if name != "advised_rate_factor"}
         return replace(alert, cause=TWICE, advice=TWICE_ADVICE, alternatives=others, evidence=evidence)
     if history.fact("soft_targets", 0.0) > 0:
-        advice = f"Only if the loss is far above the entropy of the targets: r{alert.advice[1:]}"
+        raised = alert.advice[0].lower() + alert.advice[1:]
+        advice = f"Only if the loss is far above the entropy of the targets: {raised}"
         return replace(alert, severity="info", advice=advice, alternatives=[_FLOOR, *alert.alternatives])
     return alert
 

@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 
 from lightning_interp._options import check_at_least, check_number
 from lightning_interp.rules._evidence import (
+    LEARNED,
     RECENT,
     RELAXED,
     broken_since,
@@ -25,7 +26,6 @@ from lightning_interp.rules.rule import Key, Rule
 SOURCE = "Anchor points, Liu and Tao 2016, with the votes of neighbours as judge; thresholds measured"
 _RUNNING = 2  # measurements in a row on which a share must hold
 _AT_END = 3  # measurements that are enough when no more will come
-_LEARNED = 0.9  # part of ln C below which a network has learned something
 
 
 class _Measured(NamedTuple):
@@ -178,7 +178,7 @@ def _learned_from(history: History) -> float:
     if guess is None or not losses:
         return 0.0
     ends = range(RECENT, len(losses) + 1)
-    below = (end for end in ends if statistics.median(p.value for p in losses[end - RECENT : end]) < _LEARNED * guess)
+    below = (end for end in ends if statistics.median(p.value for p in losses[end - RECENT : end]) < LEARNED * guess)
     first = next(below, None)
     return math.inf if first is None else losses[first - 1].step
 

@@ -132,10 +132,10 @@ class UndertrainedRule(Rule):
         return part > self.not_begun and len(ratios) >= _PROBES and statistics.median(ratios) > self.short
 
     def _alert(self, history: History, seen: Forecast, fall: tuple[float, float], reference: float, what: str) -> Alert:
-        apart, separation = _separation(history)
         rests = rests_since(history)
         if rests is not None and 2 * rests <= steps_done(history):
             return self._at_rest(history, seen, fall, reference, rests)
+        apart, separation = _separation(history)
         twice = softmax_twice(history)
         slow = any(alert.severity == "warning" for alert in LearningRateTooLowRule().check(history, ()))
         longer = f"Train about {self.horizon:g} times as long ({self.horizon * steps_done(history):.0f} steps)"

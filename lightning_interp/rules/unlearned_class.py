@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lightning_interp._options import check_number
-from lightning_interp.rules._evidence import guess_loss, recent_loss
+from lightning_interp.rules._evidence import LEARNED, guess_loss, recent_loss
 from lightning_interp.rules.alert import Alert
 from lightning_interp.rules.history import History
 from lightning_interp.rules.rule import Key, Rule
@@ -16,7 +16,6 @@ from lightning_interp.rules.validation_mismatch import explains_validation
 SOURCE = "Simonyan, Vedaldi and Zisserman 2013, section 2 (class images); threshold measured"
 _RELEASE = 0.1  # so much above the threshold it must rise to clear the alert
 _NAMED = 8
-_LEARNED = 0.9  # part of ln C below which something has been learned
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class UnlearnedClassRule(Rule):
         more = f" and {len(worst) - _NAMED} more" if len(worst) > _NAMED else ""
         everything = len(low) == len(classes) > 1
         loss, guess = recent_loss(history), guess_loss(history)
-        learned = loss is not None and guess is not None and loss < _LEARNED * guess
+        learned = loss is not None and guess is not None and loss < LEARNED * guess
         yield Alert(
             rule=self.name,
             severity="info",

@@ -107,7 +107,7 @@ def _file_writer(writer: Any) -> Any:
 
 
 def _write_image(writer: Any, record: Image) -> None:
-    """As `add_image`, which resizes every picture to its own size and takes three times as long to encode it."""
+    """As `add_image`, which resizes every picture to its own size and takes up to three times as long."""
     file_writer = _file_writer(writer)
     if file_writer is None:
         writer.add_image(record.tag, record.pixels, record.step, dataformats="HWC")
