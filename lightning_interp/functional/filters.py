@@ -21,6 +21,7 @@ from torch import Tensor
 _CONSTANT = 1e-12
 # Values of a weight that are looked at together: a megabyte of float64. Half of it to twice as much is as fast.
 _BLOCK = 1 << 17
+_SMALL = 128  # values of a kernel, at most
 
 
 class FilterNumbers(NamedTuple):
@@ -64,7 +65,7 @@ def filter_smoothness(weight: Tensor) -> float:
         >>> round(filter_smoothness(torch.tensor([[[[1.0, -1.0, 1.0], [-1.0, 1.0, -1.0], [1.0, -1.0, 1.0]]]])), 6)
         -1.0
     """
-    return float(_smoothness(_kernels(weight)))
+    return float(_look(_kernels(weight)).smoothness)
 
 
 def variance_entropy(weight: Tensor) -> float:
@@ -95,7 +96,7 @@ def variance_entropy(weight: Tensor) -> float:
         0.0
     """
     kernels = _kernels(weight)
-    return _entropy(_scatter(kernels).cpu(), kernels[0].numel())
+    return _entropy(_look(kernels).scatter.cpu(), kernels[0].numel())
 
 
 def filter_movement(weight: Tensor, start: Tensor) -> float:
@@ -136,10 +137,10 @@ def filter_numbers(weights: Mapping[str, Tensor], starts: Mapping[str, Tensor]) 
     shapes: list[tuple[int, int]] = []
     for layer, weight in weights.items():
         kernels = _kernels(weight)
-        scatter = _scatter(kernels)
+        smoothness, scatter = _look(kernels)
         start = starts.get(layer)
         moved = scatter.new_tensor(math.nan) if start is None else _movement(weight, start)
-        parts += [_smoothness(kernels).view(1), moved.view(1), scatter.flatten()]
+        parts += [smoothness.view(1), moved.view(1), scatter.flatten()]
         shapes.append((len(scatter), kernels[0].numel()))
     if not parts:
         return {}
@@ -176,59 +177,92 @@ def _blocks(kernels: Tensor) -> tuple[Tensor, ...]:
     return torch.split(kernels, max(1, _BLOCK * len(kernels) // max(1, kernels.numel())))
 
 
-def _smoothness(kernels: Tensor) -> Tensor:
-    """Mean of r over the kernels, without waiting for the device."""
-    if kernels[0].numel() == 1:
-        return _exact(kernels.new_full((), math.nan))
-    sums = torch.stack([_autocorrelation(block) for block in _blocks(kernels)]).sum(dim=0)
-    return sums[0] / sums[1]
+class _Look(NamedTuple):
+    """What one pass over the kernels of a layer gives, without waiting for the device.
+
+    Attributes:
+        smoothness: 0-d, mean of r over the kernels.
+        scatter: The smaller of the (K, K) and (n, n) product matrices of the centred kernels: both have the squares
+            of s.
+    """
+
+    smoothness: Tensor
+    scatter: Tensor
 
 
-def _autocorrelation(kernels: Tensor) -> Tensor:
-    """(2,): the sum of r over the kernels that are not constant, and their number."""
-    size, axes = kernels[0].numel(), kernels.shape[1:]
-    values = _exact(kernels.flatten(1).T).contiguous()  # (K, n): what follows is arithmetic on n kernels side by side
-    largest = torch.maximum(values.amax(dim=0), -values.amin(dim=0))
-    values = values - values.mean(dim=0)  # not in place: of float64 it may be the weight itself
-    squares = values.square().sum(dim=0)
-    products, pairs = torch.zeros_like(squares), 0
-    for axis, length in enumerate(axes):
-        if length > 1:
-            placed = values.view(*axes, -1)
-            product = placed.narrow(axis, 0, length - 1) * placed.narrow(axis, 1, length - 1)
-            products += product.flatten(0, -2).sum(dim=0)
-            pairs += size // length * (length - 1)
-    constant = squares <= size * (_CONSTANT * largest).square()
-    # NaN compares false, so a kernel that is not finite counts and makes the mean NaN; no kernel at all is 0 / 0.
-    ratios = torch.where(constant, 0.0, (products / pairs) / (squares / size))
-    return torch.stack([ratios.sum(), (~constant).sum()])
-
-
-def _scatter(kernels: Tensor) -> Tensor:
-    """The smaller of the (K, K) and (n, n) product matrices of the centred kernels: both have the squares of s."""
-    rows = kernels.flatten(1)
-    if len(rows) < rows.shape[1]:
-        values = _exact(rows)
-        centred = values - values.mean(dim=0)
-        scatter, spread, largest = centred @ centred.T, _largest(centred), _largest(values)
-    else:
-        blocks = _blocks(rows)
-        mean = torch.stack([_exact(block).sum(dim=0) for block in blocks]).sum(dim=0) / len(rows)
-        scatter, spread, largest = mean.new_zeros(len(mean), len(mean)), mean.new_zeros(()), mean.new_zeros(())
-        for block in blocks:
-            values = _exact(block)
-            largest = torch.maximum(largest, _largest(values))
-            centred = values - mean
-            spread = torch.maximum(spread, _largest(centred))
-            scatter.addmm_(centred.T, centred)
+def _look(kernels: Tensor) -> _Look:
+    size, axes = kernels[0].numel(), tuple(kernels.shape[1:])
+    first = _exact(kernels[0].flatten())
+    if size == 1:
+        return _Look(first.new_full((), math.nan), first.new_zeros(1, 1))
+    few = len(kernels) < size
+    blocks = (kernels,) if few else _blocks(kernels)
+    neighbours = _Neighbours(axes, first)
+    ones = first.new_ones(len(blocks[0]))
+    scatter, column = first.new_zeros(len(kernels) if few else size, 1), torch.zeros_like(first)
+    sums, magnitude = first.new_zeros(2), first.new_zeros(())
+    memory = first.new_empty(2, *blocks[0].flatten(1).shape)  # new memory for each block takes longer than the sums
+    for block in blocks:
+        values, centred = memory[:, : len(block)]
+        values.copy_(block.flatten(1))
+        mean = neighbours.centre(values, out=centred)
+        values -= first  # squares of values far from zero would drown how little they differ
+        if few:
+            values -= values.mean(dim=0)
+            scatter = values @ values.T
+        else:
+            scatter = torch.addmm(scatter, values.T, values)
+            column += ones[: len(block)] @ values
+        products, squares = neighbours.products(centred, spare=values), centred.square_() @ neighbours.ones
+        total = squares + size * mean.square()
+        # A kernel that is not finite counts, and makes the mean NaN; no kernel at all is 0 / 0.
+        constant = (squares <= _CONSTANT**2 * total) & squares.isfinite()
+        ratios = torch.where(constant, 0.0, products / squares * (size / neighbours.pairs))
+        sums = sums + torch.stack([ratios.sum(), (~constant).sum()])
+        magnitude = magnitude + total.sum()
+    if not few:
+        scatter = torch.addmm(scatter, column.unsqueeze(1), column.unsqueeze(0), alpha=-1 / len(kernels))
     # Rounding of the mean would otherwise pass for a spread of kernels that are all the same.
-    return torch.where(spread <= _CONSTANT * largest, 0.0, scatter)
+    same = scatter.diagonal().sum() <= _CONSTANT**2 * magnitude
+    return _Look(sums[0] / sums[1], torch.where(same, 0.0, scatter))
 
 
-def _largest(values: Tensor) -> Tensor:
-    """Largest magnitude, without a copy."""
-    low, high = values.aminmax()
-    return torch.maximum(high, -low)
+class _Neighbours:
+    """The pairs of positions of a kernel that touch along an axis."""
+
+    def __init__(self, axes: tuple[int, ...], like: Tensor) -> None:
+        size = math.prod(axes)
+        self.axes = axes
+        self.ones = like.new_ones(size)
+        self.pairs = sum(size // length * (length - 1) for length in axes)
+        # Small kernels lie so close together that a product with a matrix is the fastest way to go over them.
+        self._small = size <= _SMALL
+        if self._small:
+            self._centre = torch.eye(size, dtype=like.dtype, device=like.device) - 1 / size
+            places = torch.arange(size, device=like.device).view(axes)
+            self._matrix = like.new_zeros(size, size)
+            for axis, length in enumerate(axes):
+                one, other = places.narrow(axis, 0, length - 1), places.narrow(axis, 1, length - 1)
+                self._matrix[one.flatten(), other.flatten()] = 1.0
+
+    def centre(self, values: Tensor, *, out: Tensor) -> Tensor:
+        """Of (n, K): the mean of each kernel, and in `out` what it differs from it."""
+        mean = (values @ self.ones).div_(len(self.ones))
+        if self._small:
+            torch.mm(values, self._centre, out=out)
+        else:
+            torch.sub(values, mean.unsqueeze(1), out=out)
+        return mean
+
+    def products(self, centred: Tensor, *, spare: Tensor) -> Tensor:
+        """Of (n, K): the sum of the products of all pairs, for each kernel. Writes over `spare`."""
+        if self._small:
+            return torch.mm(centred, self._matrix, out=spare).mul_(centred) @ self.ones
+        placed = centred.view(-1, *self.axes)
+        sums = centred.new_zeros(len(centred))
+        for axis, length in enumerate(self.axes, start=1):
+            sums += (placed.narrow(axis, 0, length - 1) * placed.narrow(axis, 1, length - 1)).flatten(1).sum(dim=1)
+        return sums
 
 
 def _entropy(scatter: Tensor, size: int) -> float:

@@ -13,7 +13,7 @@ from torch import nn
 from lightning_interp.functional import filters
 from lightning_interp.functional.filters import filter_movement, filter_numbers, filter_smoothness, variance_entropy
 
-KERNELS = [(3,), (1, 7), (3, 3), (4, 2), (3, 2, 5)]
+KERNELS = [(3,), (1, 7), (3, 3), (4, 2), (3, 2, 5), (13, 11)]
 
 
 def naive_smoothness(weight):
