@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from lightning_interp.rules.untrained_layer import UntrainedLayerRule
     from lightning_interp.rules.validation_mismatch import ValidationMismatchRule
     from lightning_interp.rules.vanishing_gradient import VanishingGradientRule
+    from lightning_interp.rules.weight_decay_too_high import WeightDecayTooHighRule
 
 _HOMES = {
     "ActivationSparsity": "callbacks.activation_sparsity",
@@ -78,6 +79,7 @@ _HOMES = {
     "UnlearnedClassRule": "rules.unlearned_class",
     "UntrainedLayerRule": "rules.untrained_layer",
     "VanishingGradientRule": "rules.vanishing_gradient",
+    "WeightDecayTooHighRule": "rules.weight_decay_too_high",
     "__version__": "_version",
     "standard_callbacks": "callbacks.interp",
 }
@@ -116,6 +118,7 @@ __all__ = [
     "UntrainedLayerRule",
     "ValidationMismatchRule",
     "VanishingGradientRule",
+    "WeightDecayTooHighRule",
     "__version__",
     "functional",
     "standard_callbacks",

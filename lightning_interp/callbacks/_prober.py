@@ -10,7 +10,7 @@ from lightning_interp.callbacks._backlog import Backlog
 from lightning_interp.callbacks._lightning import accumulates, axis_step
 from lightning_interp.callbacks._probe import SameBatchProbe, can_probe, image_statistics
 from lightning_interp.callbacks._ranks import is_sharded
-from lightning_interp.callbacks._updates import UpdateProbe, largest_rate
+from lightning_interp.callbacks._updates import UpdateProbe, largest_decay, largest_rate
 
 # Batches that a due step waits for the optimizers that have not stepped (several optimizers that take turns).
 _PATIENCE = 8
@@ -110,6 +110,7 @@ class Prober:
             return
         tensors, notes, back = measured
         notes |= {"trainable": updates.trainable, "in_optimizer": updates.in_optimizer}
+        notes["weight_decay"] = largest_decay(trainer.optimizers)
         if isinstance(self._rate, Tensor):
             tensors["rate"] = self._rate
         else:

@@ -22,6 +22,7 @@ class Movement:
         update_norm: Norm of the update of all parameters that a layer owns.
         update_ratio: Norm of the update over norm of the weights of two or more axes; without layers for which it is
             not defined (zeros that moved).
+        weight_norm: Norm of these weights before the step.
         gradient_norm: Norm of the gradient of these weights, before clipping; layers outside all optimizers have none.
         total_gradient: Norm of the gradient of all parameters.
         broken: Layers with a gradient or weight that is NaN or infinite.
@@ -29,6 +30,7 @@ class Movement:
 
     update_norm: dict[str, float] = field(default_factory=dict)
     update_ratio: dict[str, float] = field(default_factory=dict)
+    weight_norm: dict[str, float] = field(default_factory=dict)
     gradient_norm: dict[str, float] = field(default_factory=dict)
     total_gradient: float = 0.0
     broken: list[str] = field(default_factory=list)
@@ -71,6 +73,7 @@ def movement(values: dict[str, list[float]], notes: dict[str, Any]) -> Movement 
         if not layer:
             continue
         ratio = relative_norm(_norm(update[i] for i in indices), before_norm := _norm(before[i] for i in indices))
+        result.weight_norm[layer] = before_norm
         if before_norm != 0 or ratio == 0:
             result.update_ratio[layer] = ratio
         if held.intersection(indices):

@@ -44,6 +44,12 @@ def largest_rate(optimizers: Iterable[Any]) -> float | Tensor:
     return torch.stack([rate.to(device) for rate in tensors]).max().clamp(min=max(numbers, default=-math.inf))
 
 
+def largest_decay(optimizers: Iterable[Any]) -> float:
+    """Largest weight decay of all parameter groups that name one as a number; 0 without any."""
+    decays = (group.get("weight_decay") for optimizer in optimizers for group in optimizer.param_groups)
+    return max((float(decay) for decay in decays if isinstance(decay, int | float)), default=0.0)
+
+
 class UpdateProbe:
     """The parameters before and after one step.
 

@@ -60,8 +60,8 @@ class TrainingDynamics(InterpCallback):
     provides: ClassVar[tuple[str, ...]] = ("update_ratio", "gradient_norm", "step_ratio", "learning_rate", "cost")
     measures: ClassVar[tuple[str, ...]] = (
         "loss", "loss_peak", "loss_before", "loss_after", "step_ratio", "learning_rate", "gradient_norm", "update_norm",
-        "update_ratio", "num_classes", "soft_targets", "scores_normalised", "planned_steps", "input_mean", "input_std",
-        "non_finite_step", "trainable", "in_optimizer",
+        "update_ratio", "weight_norm", "weight_decay", "num_classes", "soft_targets", "scores_normalised",
+        "planned_steps", "input_mean", "input_std", "non_finite_step", "trainable", "in_optimizer",
     )  # fmt: skip
 
     def __init__(  # noqa: PLR0913 - options
@@ -288,8 +288,12 @@ class TrainingDynamics(InterpCallback):
             history.note("in_optimizer", item.notes["in_optimizer"][layer], layer=layer)
             if layer in moved.update_norm:
                 history.record("update_norm", moved.update_norm[layer], step=step, layer=layer)
+            if layer in moved.weight_norm:
+                history.record("weight_norm", moved.weight_norm[layer], step=step, layer=layer)
         for layer in moved.broken:
             self._note_broken(trainer, layer, step)
+        if "weight_decay" in item.notes:  # not in what an older version left in a checkpoint
+            history.note("weight_decay", item.notes["weight_decay"])
         self._log_movement(trainer, moved, chosen, step)
         rate = item.values["rate"][0] if "rate" in item.values else item.notes["rate"]
         self.log_number(trainer, "learning_rate", rate, step=step, note=True)

@@ -22,6 +22,7 @@ from lightning_interp.rules.unlearned_class import UnlearnedClassRule
 from lightning_interp.rules.untrained_layer import UntrainedLayerRule
 from lightning_interp.rules.validation_mismatch import ValidationMismatchRule
 from lightning_interp.rules.vanishing_gradient import VanishingGradientRule
+from lightning_interp.rules.weight_decay_too_high import WeightDecayTooHighRule
 
 __all__ = [
     "SEVERITIES",
@@ -48,6 +49,7 @@ __all__ = [
     "UntrainedLayerRule",
     "ValidationMismatchRule",
     "VanishingGradientRule",
+    "WeightDecayTooHighRule",
     "default_rules",
 ]
 
@@ -64,6 +66,7 @@ def default_rules() -> list[Rule]:
         BadStartRule(),
         LearningRateTooHighRule(),
         LearningRateTooLowRule(),
+        WeightDecayTooHighRule(),
         ExplodingGradientRule(),
         GradientSpikeRule(),
         VanishingGradientRule(),

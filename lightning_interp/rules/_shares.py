@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from lightning_interp._options import check_number
 from lightning_interp.errors import ArgumentError
+from lightning_interp.rules._decay import decay_explains
 from lightning_interp.rules._evidence import inputs_blamed, level, of_unpruned, pruned_share, severity_of, started_badly
 from lightning_interp.rules._jumps import early_jump
 from lightning_interp.rules.alert import Severity
@@ -97,6 +98,8 @@ def _cause(
         return ("learning rate", start) if jumped else (None, ["learning rate", *start])
     if born >= 0.5 * now:
         return start[0], start[1:] + (["learning rate"] if jumped else [])
+    if decay_explains(history):
+        return "weight decay", ["learning rate"]
     if jumped:
         return "learning rate", start
     return None, ["learning rate", "initialisation"]

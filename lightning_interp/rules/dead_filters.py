@@ -106,6 +106,8 @@ def _advice(history: History, share: Share) -> str:
     if share.cause == "inputs":
         mean, std = history.fact("input_mean", 0.0), history.fact("input_std", 1.0)
         return f"Normalise the images: subtract {mean:.3g} and divide by {max(std, 1e-12):.3g}."
+    if share.cause == "weight decay":
+        return "See weight_decay_too_high: the weights have withered."
     if share.cause is not None:
         return f"Use Kaiming initialisation with zero bias in {share.layer}, or a normalisation before its ReLU."
     return f"Try a rate 3 times lower, a normalisation before the ReLU of {share.layer}, or LeakyReLU."

@@ -14,6 +14,7 @@ update stands at step 0.
 | `learning_rate` | no | largest rate of all parameter groups |
 | `gradient_norm` | both | Euclidean norm of the unscaled gradient, before clipping (probed steps) |
 | `update_norm`, `update_ratio` | yes | norm(after - before), and the same over norm(before) (probed steps) |
+| `weight_norm` | yes | norm of the weights of two or more axes, before the step (probed steps) |
 | `dead_fraction`, `dead_filters` | yes | of each window; the first one is the window before the first update |
 | `born_dead_fraction` | yes | of each window: dead in it and in all before, the first one included; not pruned |
 | `dormant_fraction` | yes | of each window, where nothing is exactly zero |
@@ -32,6 +33,7 @@ update stands at step 0.
 | `num_classes` | no | known only if the loss is a cross-entropy: then ln(num_classes) is the loss of a guess |
 | `soft_targets` | no | 1 if the loss is a cross-entropy of targets that are no indices: its floor is not known |
 | `scores_normalised` | no | 1 if the scores that go into the cross-entropy are probabilities already |
+| `weight_decay` | no | largest of all parameter groups, 0 if they have none |
 | `planned_steps` | no | steps that the run is going to take; infinity if unknown |
 | `input_mean`, `input_std` | no | of the images of the first training batch |
 | `train_samples` | no | images of the training set whose loss is collected, on all ranks |

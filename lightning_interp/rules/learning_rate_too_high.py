@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from lightning_interp._options import check_at_least, check_number
+from lightning_interp.rules._decay import decay_explains
 from lightning_interp.rules._evidence import (
     Death,
     broken_since,
@@ -177,8 +178,11 @@ class LearningRateTooHighRule(Rule):
         return _Damage(part, gain > self.dead_gain * relaxed, gain >= self.dead_most * relaxed)
 
     def _weak_mark(self, history: History, damage: _Damage) -> Jump | None:
-        """An overshoot at any time where a layer was killed, or that most of one was; not after a bad batch."""
-        if started_badly(history, self.bad_start):
+        """An overshoot at any time where a layer was killed, or that most of one was; not after a bad batch.
+
+        Nor where the weights have withered: then filters die of that.
+        """
+        if started_badly(history, self.bad_start) or decay_explains(history):
             return None
         spike = _bad_batch(history)
         overshot = any_overshoot(history, math.inf if spike is None else spike.step) if damage.killed else None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from lightning_interp._options import check_at_least, check_number
+from lightning_interp.rules._decay import decay_explains
 from lightning_interp.rules._evidence import (
     RELAXED,
     TWICE,
@@ -144,7 +145,12 @@ class LearningRateTooLowRule(Rule):
         first = first_loss(history)
         early = [point.value for point in history.finite("loss") if point.step < BLOW_UP_STEPS]
         blew_up = first is not None and max(early, default=0.0) > self.blow_up * first
-        if blew_up or started_badly(history, 3.0) or any(VanishingGradientRule().check(history, ())):
+        if (
+            blew_up
+            or started_badly(history, 3.0)
+            or decay_explains(history)
+            or any(VanishingGradientRule().check(history, ()))
+        ):
             return True
         known = history.get("label_recognition").values
         if any(SuspectLabelsRule().check(history, ())) or (known and max(known) < SuspectLabelsRule.unrelated):

@@ -12,6 +12,7 @@ import numpy as np
 
 from lightning_interp._options import check_at_least, check_number
 from lightning_interp.rules._curve import Forecast
+from lightning_interp.rules._decay import decay_explains
 from lightning_interp.rules._evidence import (
     RELAXED,
     TWICE,
@@ -111,6 +112,8 @@ class UndertrainedRule(Rule):
         if reference is None or not (history.finished or steps_done(history) >= self.from_part * planned):
             return
         if broken_since(history) is not None or largest_dead(history) >= self.dead or explains_loss(history):
+            return
+        if decay_explains(history):
             return
         seen = forecast_of(history, self.horizon, self.min_points)
         if seen is None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lightning_interp._options import check_at_least, check_number
+from lightning_interp.rules._decay import decay_explains
 from lightning_interp.rules._evidence import (
     RELAXED,
     broken_since,
@@ -97,7 +98,7 @@ class VanishingGradientRule(Rule):
             yield self._alert(layers, value, {"loss": loss, "reference_loss": reference})
 
     def _explained(self, history: History) -> bool:
-        bad = broken_since(history) is not None or started_badly(history, 3.0)
+        bad = broken_since(history) is not None or started_badly(history, 3.0) or decay_explains(history)
         return bad or largest_dead(history) >= self.dead or explains_loss(history)
 
     def _alert(self, layers: list[LayerGradient], value: float, losses: dict[str, float]) -> Alert:

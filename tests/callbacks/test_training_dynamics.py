@@ -65,6 +65,30 @@ def test_facts_of_the_run():
     assert history.fact("input_std", math.nan) == pytest.approx(first.std(correction=0).item(), rel=1e-5)
 
 
+def test_norms_of_the_weights_and_the_decay_are_noted():
+    """Of weights before the step, without biases; the largest decay of all parameter groups."""
+    model, norms = Plain(), []
+    head, rest = list(model.net[4].parameters()), list(model.net[:4].parameters())
+    groups = [{"params": rest, "weight_decay": 0.25}, {"params": head}]
+    model.configure_optimizers = lambda: torch.optim.SGD(groups, lr=0.1, weight_decay=0.125)
+
+    class Norms(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            norms.append(pl_module.net[4].weight.norm().item())
+
+    history = fit(model, strict(), others=[Norms()]).history
+    assert history.get("weight_norm", "net.4").values == pytest.approx(norms, rel=1e-6)
+    assert len(set(norms)) == len(norms)
+    assert history.fact("weight_decay", math.nan) == 0.25
+
+
+def test_without_weight_decay_it_is_zero():
+    """Also where the optimizer has no such option."""
+    model = Plain()
+    model.configure_optimizers = lambda: torch.optim.Rprop(model.parameters())
+    assert fit(model, strict()).history.fact("weight_decay", math.nan) == 0
+
+
 def test_number_of_classes_is_unknown_if_the_loss_is_only_like_a_cross_entropy():
     """Mixed or scaled losses have another floor."""
     torch.manual_seed(0)  # in one run of a hundred one of the two losses is the mixture to four digits

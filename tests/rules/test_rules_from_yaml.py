@@ -24,7 +24,7 @@ def test_rules_are_frozen_and_have_names_and_needs():
         assert rule.needs
         assert rule.check.__doc__
     names = [rule.name for rule in default_rules()]
-    assert len(names) == len(set(names)) == 16
+    assert len(names) == len(set(names)) == 17
 
 
 def test_all_names_are_there_and_sorted():
