@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from lightning_interp.callbacks.observer import Observer
 from lightning_interp.callbacks.samples import fixed_samples
 from lightning_interp.callbacks.schedule import BatchHooks
 from lightning_interp.callbacks.session import Session
+from lightning_interp.functional.hooks import work_of_compiler
 from lightning_interp.functional.sparsity import zero_fraction
 from lightning_interp.functional.tracing import End
 from lightning_interp.records import Histogram
@@ -29,6 +30,7 @@ _SAMPLE_EVERY = 50
 # Not the first: Lightning has just logged then, and a GPU, which has worked off its queue for that, would wait for us.
 _SAMPLE_AT = 5
 _BINS = 20
+_COMPILED = "The model is compiled, so ActivationSparsity can't watch its batches; maps are still shown."
 
 
 class ActivationSparsity(InterpCallback):
@@ -105,6 +107,8 @@ class ActivationSparsity(InterpCallback):
         self._sparsity = float("nan")
         self._observer: Observer | None = None
         self._reports = 0
+        self._shown: set[str] = set()  # units of the last report
+        self._work = 0  # of the compiler, by then
 
     # ------------------------------------------------------------------ life
 
@@ -119,7 +123,7 @@ class ActivationSparsity(InterpCallback):
         """Reads the fixed samples and shows the state before the first step."""
         self._publish(trainer)
         if Session.of(trainer).observer.compiled:
-            self.say_once("The model is compiled, so ActivationSparsity can't watch its batches; maps are still shown.")
+            self.say_once(_COMPILED)
         maps = self.maps and not self.quiet
         if maps and _ranks.is_sharded(trainer):
             maps = False
@@ -243,7 +247,7 @@ class ActivationSparsity(InterpCallback):
             return torch.cat([torch.cat([part.to(parts[-1].device) for part in parts]).cpu().double(), counts])
 
         flat = _ranks.total(trainer, self.meet(trainer, evidence))
-        self._look_for_hidden(trainer)
+        self._look_for_hidden(trainer, zeros)
         if not parts:
             return
         *sums, counts = torch.split(flat, [*(len(part) for part in parts), len(parts)])
@@ -269,18 +273,36 @@ class ActivationSparsity(InterpCallback):
             ],
         )
 
-    def _look_for_hidden(self, trainer: Trainer) -> None:
-        """Once, or until something comes by: says which layers never do, though the model calls them."""
+    def _look_for_hidden(self, trainer: Trainer, shown: Collection[str]) -> None:
+        """Says which layers never come by, or no longer do, though the model calls them.
+
+        The first are looked for once, or until something comes by; the others whenever there was work for the compiler
+        and a unit of the last report is missing.
+        """
         observer = Session.of(trainer).observer
+        gone = self._gone(observer, shown)
         self._reports += 1
-        if self._reports > 2 or observer.compiled or (self._reports == 1 and observer.reached):
+        if observer.compiled:
+            self.say_once(_COMPILED)
             return
-        if hidden := hidden_layers(trainer, trainer.lightning_module):
-            self._reports = 2
+        if not gone and (self._reports > 2 or (self._reports == 1 and observer.reached)):
+            return
+        if hidden := hidden_layers(trainer, trainer.lightning_module, gone):
+            self._reports = max(2, self._reports)
+            seen = "no longer sees" if hidden <= observer.reached else "never saw"
             self.say_once(
-                f"ActivationSparsity never saw {named(hidden)}, which a compiled function seems to call: its numbers "
+                f"ActivationSparsity {seen} {named(hidden)}, which a compiled function seems to call: its numbers "
                 "are without them; maps are still shown."
             )
+
+    def _gone(self, observer: Observer, shown: Collection[str]) -> set[str]:
+        """Layers of units that are missing for the first time since something was compiled."""
+        before, self._shown = self._shown, set(shown)
+        work, self._work = self._work, work_of_compiler()
+        if self._work <= work:
+            return set()
+        missing = before.difference(shown).intersection(observer.units)
+        return {layer for unit in missing for layer in observer.units[unit].layers}
 
     def _publish(self, trainer: Trainer) -> None:
         if not self.quiet:

@@ -138,11 +138,7 @@ class DeadFilters(InterpCallback):
             self._partial = trainer.world_size > 1 and self._window.forwards > 0
             self._restored = None
         if Session.of(trainer).observer.compiled:
-            self._eager = EagerPass(trainer, pl_module)
-            self.say_once(
-                "The model is compiled: DeadFilters measures in an eager pass over "
-                f"{self._eager.num_samples} fixed samples at the end of each window, and is exact over these."
-            )
+            self._pass_eagerly(trainer, pl_module, "The model is compiled:")
             if not self._first_done and self.may_call(trainer):
                 self._close(trainer, pl_module, step=self.step_of(trainer))
         self._publish(trainer)
@@ -283,18 +279,38 @@ class DeadFilters(InterpCallback):
         self.log_cost(trainer, step=step)
 
     def _look_for_hidden(self, trainer: Trainer, pl_module: LightningModule, *, opening: bool) -> None:
-        """Once: layers that never came by, though the model calls them, are measured in an eager pass."""
+        """Layers that never came by, or no longer do, though the model calls them, are measured in an eager pass.
+
+        The first are looked for once; the others whenever something was compiled and a unit is missing since.
+        """
+        observer = Session.of(trainer).observer
+        if self._eager is not None and not self._hidden:
+            return  # all of it is
+        if observer.compiled:
+            self._pass_eagerly(trainer, pl_module, "The model was compiled during the training:")
+            return
+        gone = {layer for unit in self._window.gone() for layer in observer.units[unit].layers} - self._hidden
         # One batch may leave out a layer, but not all of them.
-        if self._searched or self._eager is not None or (opening and Session.of(trainer).observer.reached):
+        searched = self._searched or self._eager is not None or (opening and bool(observer.reached))
+        if searched and not gone:
             return
         self._searched = not opening
-        hidden = hidden_layers(trainer, pl_module)
-        if not hidden:
-            return
-        self._eager, self._hidden = EagerPass(trainer, pl_module, hidden), hidden
+        hidden = hidden_layers(trainer, pl_module, gone) - self._hidden
+        if hidden:
+            seen = "no longer sees" if hidden <= observer.reached else "never saw"
+            self._hidden |= hidden
+            what = f"DeadFilters {seen} {named(hidden)}, which a compiled function seems to call:"
+            self._pass_eagerly(trainer, pl_module, what, self._hidden)
+
+    def _pass_eagerly(
+        self, trainer: Trainer, pl_module: LightningModule, why: str, layers: set[str] | None = None
+    ) -> None:
+        self._hidden = layers or set()
+        self._eager = EagerPass(trainer, pl_module, layers)
         self.say_once(
-            f"DeadFilters never saw {named(hidden)}, which a compiled function seems to call: it measures there in an "
-            f"eager pass over {self._eager.num_samples} fixed samples at the end of each window, exact over these."
+            f"{why} {'it' if layers else 'DeadFilters'} measures {'there ' if layers else ''}in an eager pass over "
+            f"{self._eager.num_samples} fixed samples at the end of each window, {'' if layers else 'and is '}exact "
+            "over these."
         )
 
     def meets(self, hook: str, trainer: Trainer) -> bool:

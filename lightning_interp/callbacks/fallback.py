@@ -49,14 +49,19 @@ class EagerPass:
                     raise tracer.error
 
 
-def hidden_layers(trainer: Any, model: nn.Module) -> set[str]:
+def hidden_layers(trainer: Any, model: nn.Module, gone: Collection[str] = ()) -> set[str]:
     """Layers that the model calls, though none of the watched forwards seemed to: they run in a compiled function.
 
     Found with a sample that is passed through the model eagerly. Where that can't be done, all layers are hidden if
     none was ever seen, and none is otherwise.
+
+    Args:
+        trainer: The running trainer.
+        model: The LightningModule.
+        gone: Layers that came by earlier and no longer do, since something was compiled in between.
     """
     observer = Session.of(trainer).observer
-    missing = observer.unreached()
+    missing = observer.unreached().union(gone)
     # Where weights are split, a forward on one rank waits for the others; lazy layers are for the training to shape.
     if not missing or is_sharded(trainer) or shapeless(model):
         return set()

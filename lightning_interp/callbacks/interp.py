@@ -103,7 +103,8 @@ class Interp(Family):
     With a `budget`, 0.02 for two percent, pictures, maps and whatever else costs much are shown less often, so that the
     seconds of all callbacks keep within that share of the training time (wall time since the fit began, without
     theirs; after a resume both go on). The numbers of `DeadFilters`, `TrainingDynamics`, `ActivationSparsity`,
-    `FilterGrid` and the alerts' looks at them are never left out: they are paid first. The rest is shared: each sampler
+    `FilterGrid` and the alerts' looks at them are never left out: they are paid first, and where they alone exceed the
+    budget, mostly in the first hundred steps, the log says so in the end. The rest is shared: each sampler
     may take as much as the others, and what the cheap ones don't need goes to the dear ones. Shown in any case are the
     state before the first step, the first time due and the last state, for which seconds are set aside from the start:
     in a short run they alone may exceed the budget. Rules that read a sampler (`suspect_labels`, `unlearned_class`)

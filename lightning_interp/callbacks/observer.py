@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_interp.functional.hooks import anything_compiled, is_compiled
+from lightning_interp.functional.hooks import is_compiled, work_of_compiler
 from lightning_interp.functional.ops import OWNERS
 from lightning_interp.functional.tracing import ActivationTracer, End, Reader, Unit
 
@@ -33,6 +33,8 @@ class Observer:
         self._seeing: set[bool] = set()  # whether training, or validation, has been seen; or not, and never will be
         self._blind: set[bool] = set()
         self._training = True
+        self._following_all = False
+        self._work = 0  # of the compiler, when something was seen last
         self._readers: dict[Reader, set[str] | None] = {}
         self._counts: dict[Reader, Callable[[float], None] | None] = {}
         self._errors: dict[Reader, Exception] = {}
@@ -67,8 +69,8 @@ class Observer:
         """Gives a reader the activations of these units (None: of all) until it is closed.
 
         All readers must open before the forward begins; one that opens during a forward waits for the next batch.
-        Where a compiled function hides all layers, nothing is opened any more: each new hook would have it compiled
-        anew, which its limit may not allow.
+        Where a compiled function hides all layers, from the start or since it was compiled, nothing is opened any more:
+        each new hook would have it compiled anew, which its limit may not allow.
 
         Args:
             reader: Called with each activation.
@@ -131,7 +133,8 @@ class Observer:
         """The forward is over: has anything been seen?"""
         if self._tracer is not None and self._tracer.reached:
             self._seeing.add(self._training)
-        elif self._training not in self._seeing and anything_compiled():
+            self._work = work_of_compiler()
+        elif self._work < work_of_compiler() and (self._training not in self._seeing or self._following_all):
             self._blind.add(self._training)
 
     def _restart(self) -> None:
@@ -144,6 +147,7 @@ class Observer:
                 break
             known = [self.units[name] for name in units if name in self.units]
             follow |= {layer for unit in known for layer in unit.layers}  # type: ignore[operator]
+        self._following_all = follow is None
         self._tracer = ActivationTracer(self.model, self._dispatch, units=self.units, follow=follow)
         self._tracer.__enter__()
 

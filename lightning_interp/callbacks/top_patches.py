@@ -23,6 +23,7 @@ from lightning_interp.callbacks.guard import undisturbed
 from lightning_interp.callbacks.observer import Observer
 from lightning_interp.callbacks.samples import read_samples
 from lightning_interp.callbacks.session import Session
+from lightning_interp.functional.hooks import anything_compiled
 from lightning_interp.functional.patches import PatchRanking
 from lightning_interp.functional.tracing import ActivationTracer, Unit
 from lightning_interp.render.gallery import column, frame_side, timeline
@@ -250,13 +251,16 @@ class TopPatches(InterpCallback):
     def _never_seen(self, trainer: Trainer, pl_module: LightningModule, excited: Excited) -> bool:
         """Whether the loop calls its layers in a compiled function: from now on, an eager pass is made instead."""
         units = Session.of(trainer).observer.units
-        if units and all(layer in excited.grids for layer in self._chosen(trainer, units)):
+        missing = [unit for unit in self._chosen(trainer, units) if unit not in excited.grids]
+        if units and not missing:
             return False
-        hidden = hidden_layers(trainer, pl_module)
+        gone = {layer for unit in missing for layer in units[unit].layers} if anything_compiled() else set()
+        hidden = hidden_layers(trainer, pl_module, gone)
         if hidden and trainer.is_global_zero:
             self._eager_images = read_samples(trainer, pl_module, _SAMPLES).images
+            seen = "no longer sees" if hidden <= Session.of(trainer).observer.reached else "never saw"
             self.say_once(
-                f"TopPatches never saw {named(hidden)}, which a compiled function seems to call: it looks at the first "
+                f"TopPatches {seen} {named(hidden)}, which a compiled function seems to call: it looks at the first "
                 f"{len(self._eager_images)} images of the set, in an eager pass."
             )
         self._by_loop = self._by_loop and not hidden

@@ -90,9 +90,16 @@ def is_compiled(module: nn.Module) -> bool:
 
 def anything_compiled() -> bool:
     """Whether a compiler has been at work in this process: if not, a module that is silent was not called."""
+    return bool(work_of_compiler())
+
+
+def work_of_compiler() -> int:
+    """A number that grows with everything that is compiled in this process; 0 if nothing was."""
     utils = sys.modules.get("torch._dynamo.utils")
+    if utils is None:
+        return 0
     # The second counts functions in one graph too, which the first does not.
-    return utils is not None and bool(utils.counters["frames"]["total"] or utils.counters["stats"]["unique_graphs"])
+    return int(utils.counters["frames"]["total"] + utils.counters["stats"]["unique_graphs"])
 
 
 def in_backward() -> bool:

@@ -6,6 +6,7 @@ import shutil
 import warnings
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import torch._dynamo
 from torch import nn
@@ -233,11 +234,7 @@ def test_layers_that_were_never_seen_are_named_and_counted_over_the_fixed_sample
     assert "DeadFilters never saw net.0, net." in message
     assert "eager pass over 12 fixed samples" in message
     assert (", net.10" in message) is (rest == 0)
-    images = next(iter(loader(12, seed=1, shuffle=False, noise=0.0, batch=12)))[0]
-    model.eval()
-    with torch.no_grad():
-        maps = [model.net[:3](images), model.net[:5](images)]
-    by_hand = [(values.transpose(0, 1).flatten(1) == 0).all(1).nonzero().flatten().tolist() for values in maps]
+    by_hand = silent_by_hand(model)
     assert [watcher.dead["net.0"], watcher.dead["net.3"]] == by_hand
     assert 1 in by_hand[0]
     assert 2 in by_hand[1]
@@ -318,6 +315,142 @@ def test_each_batch_of_a_window_is_seen(split):
     assert said == []
     assert len(seen) == {"train": 4, "val": 2}[split]
     assert [watched for _, watched in seen] == [forwards for forwards, _ in seen]
+
+
+# ---------------------------------------------------------------------- compiled in mid-run
+
+
+class Later(Quiet):
+    """From a batch of the third epoch on its body runs in compiled code."""
+
+    way, batch_of_change = "module", 0
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.current_epoch == 2 and batch_idx == self.batch_of_change:
+            net = self.net
+            if self.way == "module":
+                net.compile(backend="eager")
+            else:  # kept from torch, which would take it for a part of the model
+                self.__dict__["function"] = torch.compile(lambda images: net(images), backend="eager")
+
+    def forward(self, images):
+        return self.__dict__.get("function", self.net)(images)
+
+
+class LaterFunction(Later):
+    """The same, hidden in a function."""
+
+    way = "function"
+
+
+def marked(kind, batch=0):
+    """A filter that is dead for good in each of two layers, and others that may die of one batch."""
+    model = kind()
+    model.batch_of_change = batch
+    with torch.no_grad():
+        model.net[0].bias[1] = model.net[3].bias[2] = -99.0
+        model.net[1].eps = 1e9
+        model.net[1].bias.copy_(torch.tensor([1.0, -1.0, 1.0, 1.0]))
+    return model
+
+
+@pytest.mark.parametrize("kind", [Later, LaterFunction])
+@pytest.mark.parametrize(("split", "steps", "batch"), [("train", 2, 0), ("train", 4, 2), ("val", 4, 1)])
+def test_what_is_compiled_in_mid_run_is_said_and_counted_over_the_fixed_samples(kind, split, steps, batch):
+    """Also where a window has seen a part of its batches."""
+    model = marked(kind, batch)
+    watcher = DeadFilters(split=split, window_steps=steps, on_error="raise")
+    said, trainer = fit(model, watcher, max_epochs=5)
+    (message,) = said
+    if kind is Later:
+        assert message.endswith(
+            "The model was compiled during the training: DeadFilters measures in an eager pass over 12 fixed samples "
+            "at the end of each window, and is exact over these."
+        )
+    else:
+        assert "DeadFilters no longer sees net.0, net.3, net.8, which a compiled function" in message
+    history = Session.of(trainer).history
+    _, twin = fit(marked(Quiet), DeadFilters(split=split, window_steps=steps, on_error="raise"), max_epochs=5)
+    for layer in ("net.0", "net.3", "net.8"):
+        assert history.get("dead_filters", layer).steps == Session.of(twin).history.get("dead_filters", layer).steps
+    by_hand = silent_by_hand(model)
+    assert [watcher.dead["net.0"], watcher.dead["net.3"]] == by_hand
+    assert 1 in by_hand[0]
+    assert 2 in by_hand[1]
+
+
+def silent_by_hand(model):
+    """Filters of both layers that are silent on all fixed samples now."""
+    images = next(iter(loader(12, seed=1, shuffle=False, noise=0.0, batch=12)))[0]
+    model.eval()
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        maps = [model.net[:3](images), model.net[:5](images)]
+    model.train()
+    return [(values.transpose(0, 1).flatten(1) == 0).all(1).nonzero().flatten().tolist() for values in maps]
+
+
+@pytest.mark.parametrize("kind", [Later, LaterFunction])
+def test_window_that_saw_a_part_of_its_batches_is_completed(kind):
+    """What fires on the fixed samples is alive, though it was silent on the batch that was seen."""
+    model, found = marked(kind, batch=1), {}
+    watcher = DeadFilters(split="train", window_steps=4, on_error="raise")
+
+    class Revive(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step in {8, 9}:  # the one batch that is seen finds it dead, all others alive
+                with torch.no_grad():
+                    pl_module.net[1].bias[0] = -99.0 if trainer.global_step == 8 else 99.0
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            found[trainer.global_step - 1] = watcher.dead["net.0"], silent_by_hand(pl_module)[0]
+
+    seed_all(1)
+    fit(model, watcher, Revive(), max_epochs=3)
+    assert found[11] == ([1], [1])
+
+
+@pytest.mark.parametrize("kind", [Later, LaterFunction])
+def test_sparsity_and_patches_say_so_too(kind):
+    """Of patches the same are found as in the run that is not compiled."""
+    sparsity = ActivationSparsity(every_n_train_steps=1, on_error="raise")
+    patches, twin = TopPatches(k=2, on_error="raise"), TopPatches(k=2, on_error="raise")
+    seed_all(1)
+    said, trainer = fit(kind(), sparsity, patches, max_epochs=5)
+    assert sum("ActivationSparsity" in message for message in said) == 1
+    assert all("compiled" in message for message in said)
+    assert Session.of(trainer).history.get("sparsity", "net.0").steps[-1] == 7  # two epochs of four steps
+    assert sum("TopPatches no longer sees net.0, net.3, net.8" in message for message in said) == 1
+    seed_all(1)
+    fit(Quiet(), twin, max_epochs=5)
+    assert patches.top
+    assert patches.top == twin.top
+
+
+def test_a_layer_that_is_left_out_by_chance_is_no_hidden_one():
+    """Though something else was compiled, and is in each step."""
+
+    class Sometimes(Quiet):
+        def training_step(self, batch, batch_idx):
+            scale = torch.compile(lambda value: value * 1.0, backend="eager")
+            images = scale(batch[0])
+            features = self.net[:3](images)
+            if batch_idx % 2:  # else the second block is left out
+                features = self.net[4](self.net[3](features)) + self.net[4](self.net[3](features))
+            return features.square().mean()
+
+    watcher = DeadFilters(split="train", window_steps=4, on_error="raise")
+    said, _ = fit(Sometimes(), watcher, ActivationSparsity(every_n_train_steps=4, on_error="raise"), max_epochs=3)
+    assert [message for message in said if "no longer" in message] == []
+
+
+@pytest.mark.parametrize("kind", [Later, LaterFunction])
+def test_a_run_that_is_compiled_in_mid_run_stays_bit_identical(kind):
+    """With everything at once, and with `Interp`."""
+    recipe = Recipe(kind.__name__, kind, data={"samples": 15}, trainer={"max_epochs": 4})
+    without = run(recipe, [])
+    for factory in (WHOLE["often"], WHOLE["Interp"]):
+        torch._dynamo.reset()
+        assert differences(without, run(recipe, factory())) == []
 
 
 # ---------------------------------------------------------------------- the mode
