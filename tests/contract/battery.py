@@ -43,6 +43,7 @@ def run(recipe, callbacks, capture=None):
     """Trains, and returns all that the user could compare; what is logged goes to `capture` too."""
     seed_all(7)
     model, own, capture = recipe.make_model(), recipe.make_callbacks(), capture or Capture()
+    given, filters = dict(model.named_parameters()), _broad_filters()
     train = loader(**{"samples": 27, **recipe.data})
     val = loader(**{"samples": 12, **recipe.data, "seed": 1, "shuffle": False}) if recipe.validate else None
     with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +52,16 @@ def run(recipe, callbacks, capture=None):
         trainer = quiet_trainer(callbacks=[*own, *callbacks], **options)
         trainer.fit(model, train, val)
         board.finalize("success")
-    return _outcome(trainer, model, own, capture, train, val)
+    outcome = _outcome(trainer, model, own, capture, train, val)
+    # Not only equal ones: an optimizer or a user may hold them.
+    outcome["the same parameters"] = {name: p is given.get(name) for name, p in model.named_parameters()}
+    outcome["new filters of warnings"] = [entry for entry in _broad_filters() if entry not in filters]
+    return outcome
+
+
+def _broad_filters():
+    """Those that hide a whole category; libraries bring others with their first import."""
+    return [str(entry) for entry in warnings.filters if entry[1] is None and entry[3] is None]
 
 
 def _outcome(trainer, model, own, capture, train, val):  # noqa: PLR0917
@@ -76,6 +86,13 @@ def _outcome(trainer, model, own, capture, train, val):  # noqa: PLR0917
         "classes": {name: repr(type(module)) for name, module in model.named_modules()},
         "settings": (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_default_dtype()),
         "settings of the GPUs": (torch.is_autocast_enabled("cuda"), torch.backends.cudnn.benchmark),
+        "how kernels are chosen": (
+            torch.backends.cudnn.enabled,
+            torch.backends.cudnn.deterministic,
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_float32_matmul_precision(),
+            torch.get_num_threads(),
+        ),
         "progress": (trainer.global_step, trainer.current_epoch, trainer.should_stop, str(trainer.state.status)),
         "the user's callbacks": [getattr(callback, "kept", None) for callback in own],
     }
@@ -126,7 +143,8 @@ def differences(expected, actual, path="run"):  # noqa: PLR0911
 def _bits(value):
     if isinstance(value, torch.Tensor):
         flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        return value.dtype, tuple(value.shape), value.requires_grad, flat.numpy().tobytes()
+        layout = value.stride() if value.numel() > 1 else ()  # kernels round by it
+        return value.dtype, tuple(value.shape), layout, value.requires_grad, flat.numpy().tobytes()
     return value.dtype, value.shape, value.tobytes()
 
 

@@ -1,6 +1,7 @@
 """The callbacks change nothing: bit identity over all recipes, and proof that the battery would notice."""
 
 import random
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -212,20 +213,55 @@ class SwapsABuffer(pl.Callback):
         module.num_batches_tracked.add_(1)
 
 
+class RearrangesMemory(pl.Callback):
+    """Equal weights in another order of memory."""
+
+    def on_train_end(self, trainer, pl_module):
+        weight = next(m for m in pl_module.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 1).weight
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+
+
+class ReplacesAParameter(pl.Callback):
+    """By an equal one."""
+
+    def on_train_end(self, trainer, pl_module):
+        layer = next(m for m in pl_module.modules() if isinstance(m, nn.Conv2d))
+        gradient = layer.weight.grad
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
+        layer.weight.grad = gradient
+
+
+class ChoosesKernels(pl.Callback):
+    """Leaves deterministic kernels on."""
+
+    def on_train_end(self, trainer, pl_module):
+        torch.backends.cudnn.deterministic = not torch.backends.cudnn.deterministic
+
+
+class Silences(pl.Callback):
+    """Leaves a filter that hides the user's warnings."""
+
+    def on_train_end(self, trainer, pl_module):
+        warnings.simplefilter("ignore")
+
+
 GUILTY = [
     LeakyHook, LeakyTensorHook, ForgetsEvalMode, DrawsTorchNumbers, DrawsNumpyNumbers, DrawsPythonNumbers,
     LeavesGradients, FreezesParameters, UpdatesBatchNorm, ReadsTheLoader, ReadsTheDataSet, RepeatsTheStep,
     WritesAMetric, TouchesTheBatch, StepsTheSchedule, LeavesAMode, LeavesAnAttribute, SwapsABuffer,
+    RearrangesMemory, ReplacesAParameter, ChoosesKernels, Silences,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("guilty", GUILTY, ids=lambda cls: cls.__name__)
 def test_battery_catches_a_callback_that_disturbs(guilty):
     """Negative controls."""
+    deterministic = torch.backends.cudnn.deterministic
     try:
-        with pytest.raises(AssertionError, match="the callbacks changed"):
+        with pytest.raises(AssertionError, match="the callbacks changed"), warnings.catch_warnings():
             assert_undisturbed(lambda: [guilty()], RECIPES[0])
     finally:
+        torch.backends.cudnn.deterministic = deterministic
         while torch._C._len_torch_function_stack():
             torch._C._pop_torch_function_stack()
 
