@@ -27,7 +27,7 @@ from benchmarks.overhead.models import Case
 from lightning_interp import Interp
 
 _POOL = 1024  # different images
-_DENSE, _THINNING = 50, 150  # steps that are all probed, and those after which few are
+_DENSE, _THINNING = 50, 150  # ends of the stretches in which most steps are probed, and some
 _WARM = 20  # steps of the fit without, before those that count
 _GOAL = goals.percent(0.01)
 
