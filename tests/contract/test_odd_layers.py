@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from lightning_interp import DeadFilters, FilterGrid, Interp, TopPatches
+from lightning_interp import ClassImages, DeadFilters, FilterGrid, Interp, TopPatches
 from lightning_interp.functional import receptive_field
 from tests.callbacks.watched import Watched, check
 from tests.callbacks.watched import loader as watched_loader
@@ -128,6 +128,21 @@ class Unshaped(Net):
         super().__init__(headed(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU()))
 
 
+class Integers(nn.Module):
+    """A frozen convolution in int8, as a compressed backbone has it; nothing is differentiable through it."""
+
+    def __init__(self):
+        super().__init__()
+        floating = nn.Conv2d(1, 4, 3)
+        weight = torch.quantize_per_tensor(floating.weight.detach(), 0.02, 0, torch.qint8)
+        self.conv = torch.ao.nn.quantized.Conv2d(1, 4, 3)
+        self.conv.set_weight_bias(weight, floating.bias.detach())
+        self.conv.scale, self.conv.zero_point = 0.05, 64
+
+    def forward(self, x):
+        return self.conv(torch.quantize_per_tensor(x.detach(), 0.05, 64, torch.quint8)).dequantize()
+
+
 class QuantisedTwin(Net):
     """Validates a dynamically quantised copy of itself too."""
 
@@ -172,6 +187,28 @@ def test_odd_layers_are_measured_and_trained_as_without_us(kind, make):
     per_layer = [tag for tag in rows if tag.startswith("interp.dead_filters/")]
     assert per_layer
     assert {f"{tag.replace('dead_filters', 'dead_fraction')}" for tag in per_layer} <= set(rows)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
+def test_int8_convolution_is_left_alone_and_the_layers_behind_it_are_measured(make):
+    """What needs the gradient of the pixels rests, and says why."""
+
+    def lenient():
+        callbacks = make()
+        for callback in callbacks:
+            if isinstance(callback, ClassImages):
+                callback.on_error = "warn"
+        return callbacks
+
+    recipe = of("int8", lambda: headed(Integers(), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU()))
+    says = (
+        "ClassImages failed in on_train_start with RuntimeError: no gradient reaches the pixels",
+        "Influence goes on without `interp.influence/perturbation`. .* no gradient reaches them",
+        r"TopPatches shows whole images, or no projections, .*Quantize only works on Float Tensor",
+        r"TopPatches shows whole images, or no projections, .*no gradient reaches the pixels",
+    )
+    rows = survives(recipe, lenient, says=says)
+    assert [tag for tag in rows if tag.startswith("interp.dead_filters/")] == ["interp.dead_filters/00_net.2"]
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
