@@ -62,6 +62,7 @@ class LayerPictures:
         self.fields: dict[str, ReceptiveField | None] = {}
         self._architecture = ""
         self._units: Units | None = None
+        self._told: set[tuple[str, type[Exception]]] = set()
         self._k, self._mean, self._std, self._steps = k, mean, std, steps
 
     def draw(self, model: nn.Module, shown: Shown, say: Say) -> list[Excitement]:
@@ -101,7 +102,7 @@ class LayerPictures:
                 self.fields[shown.layer] = receptive_field(model, shown.layer, shape)
             except Exception as error:  # a forward that takes something else than images
                 self.fields[shown.layer] = None
-                say(_limit(error))
+                self._tell("TopPatches shows whole images where it can't find out what a filter sees", error, say)
         field = self.fields[shown.layer]
         return field if field is not None and len(field.size) == len(shown.grid) else None
 
@@ -121,9 +122,16 @@ class LayerPictures:
                 gradients, _ = project_patches(model, images, shown.layer, filters, positions, units=units, call=call)
                 found.update(zip(part, gradients.float().cpu(), strict=True))
         except Exception as error:  # a forward that takes something else than images
-            say(_limit(error))
+            self._tell("TopPatches shows no projections where the model takes no gradient of images", error, say)
             return None
         return found
+
+    def _tell(self, what: str, error: Exception, say: Say) -> None:
+        """Once for each kind of error: of another layer its text holds other sizes."""
+        root = error.__cause__ or error
+        if (what, type(root)) not in self._told:
+            self._told.add((what, type(root)))
+            say(f"{what} ({type(root).__name__}: {root}).")
 
     def _known_units(self, model: nn.Module, images: Tensor, call: ScoreModel) -> Units:
         """Found by a whole forward: not for each layer anew."""
@@ -156,7 +164,7 @@ class LayerPictures:
                     contrast=50.0,
                 )
         except Exception as error:  # a forward that takes something else than images
-            say(f"TopPatches makes no images for filters: {type(error).__name__}: {error}")
+            self._tell("TopPatches makes no images for filters", error, say)
             return None
         together: Any = torch.cat((images.to(made), made)).float().cpu().numpy()
         return denormalise(together, self._mean, self._std)[len(images) :]
@@ -172,9 +180,3 @@ def _box(field: ReceptiveField | None, grid: tuple[int, ...], position: int) -> 
 def _projected(gradient: Tensor, box: Box | None) -> Pixels:
     """The scale is that of what is shown; outside the receptive field the gradient is zero anyway."""
     return cut(projection(gradient.numpy()), box)
-
-
-def _limit(error: Exception) -> str:
-    root = error.__cause__ or error
-    what = f"{type(root).__name__}: {root}"
-    return f"TopPatches shows whole images, or no projections, where it can't run the model on images ({what})."
