@@ -62,7 +62,7 @@ class LayerPictures:
         self.fields: dict[str, ReceptiveField | None] = {}
         self._architecture = ""
         self._units: Units | None = None
-        self._told: set[tuple[str, type[Exception]]] = set()
+        self._told: set[tuple[str, type[BaseException]]] = set()
         self._k, self._mean, self._std, self._steps = k, mean, std, steps
 
     def draw(self, model: nn.Module, shown: Shown, say: Say) -> list[Excitement]:

@@ -25,9 +25,9 @@ class UnlearnedClassRule(Rule):
     p = mean probability of the class for its own image, under small shifts, scalings and rotations. Fires for classes
     with p < `probability` in the last two measurements after the first step.
 
-    If it is all of them, nothing has been learned yet, unless the loss is below 0.9 ln C; without a cross-entropy that is
-    not said, since the outputs may be an embedding. Silent where `validation_mismatch` finds that the network is another
-    one when it is evaluated.
+    If it is all of them, nothing has been learned yet, unless the loss is below 0.9 ln C; that is not said without a
+    cross-entropy, since the outputs may be an embedding. Silent where `validation_mismatch` finds that the network is
+    another one when it is evaluated.
 
     Does not depend on the number of classes: an optimised image of a class that was learned reaches 0.9 and more.
 
