@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
@@ -16,12 +16,11 @@ from lightning_interp.callbacks._activation_maps import activation_maps
 from lightning_interp.callbacks._lightning import LightningModule, Trainer, accumulates
 from lightning_interp.callbacks.base import InterpCallback, OnError
 from lightning_interp.callbacks.batches import NoScoresError, UnreadableError
-from lightning_interp.callbacks.fallback import hidden_layers, named
+from lightning_interp.callbacks.fallback import hidden_by_now
 from lightning_interp.callbacks.observer import Observer
 from lightning_interp.callbacks.samples import fixed_samples
 from lightning_interp.callbacks.schedule import BatchHooks
 from lightning_interp.callbacks.session import Session
-from lightning_interp.functional.hooks import work_of_compiler
 from lightning_interp.functional.sparsity import zero_fraction
 from lightning_interp.functional.tracing import End
 from lightning_interp.records import Histogram
@@ -107,8 +106,7 @@ class ActivationSparsity(InterpCallback):
         self._sparsity = float("nan")
         self._observer: Observer | None = None
         self._reports = 0
-        self._shown: set[str] = set()  # units of the last report
-        self._work = 0  # of the compiler, by then
+        self._said_lost = False
 
     # ------------------------------------------------------------------ life
 
@@ -247,7 +245,7 @@ class ActivationSparsity(InterpCallback):
             return torch.cat([torch.cat([part.to(parts[-1].device) for part in parts]).cpu().double(), counts])
 
         flat = _ranks.total(trainer, self.meet(trainer, evidence))
-        self._look_for_hidden(trainer, zeros)
+        self._look_for_hidden(trainer)
         if not parts:
             return
         *sums, counts = torch.split(flat, [*(len(part) for part in parts), len(parts)])
@@ -273,36 +271,23 @@ class ActivationSparsity(InterpCallback):
             ],
         )
 
-    def _look_for_hidden(self, trainer: Trainer, shown: Collection[str]) -> None:
+    def _look_for_hidden(self, trainer: Trainer) -> None:
         """Says which layers never come by, or no longer do, though the model calls them.
 
-        The first are looked for once, or until something comes by; the others whenever there was work for the compiler
-        and a unit of the last report is missing.
+        The first are looked for once, or until something comes by; the others where nothing comes by any more.
         """
         observer = Session.of(trainer).observer
-        gone = self._gone(observer, shown)
         self._reports += 1
         if observer.compiled:
             self.say_once(_COMPILED)
             return
-        if not gone and (self._reports > 2 or (self._reports == 1 and observer.reached)):
+        lost = observer.lost(training=True) and not self._said_lost
+        if not lost and (self._reports > 2 or (self._reports == 1 and observer.reached)):
             return
-        if hidden := hidden_layers(trainer, trainer.lightning_module, gone):
-            self._reports = max(2, self._reports)
-            seen = "no longer sees" if hidden <= observer.reached else "never saw"
-            self.say_once(
-                f"ActivationSparsity {seen} {named(hidden)}, which a compiled function seems to call: its numbers "
-                "are without them; maps are still shown."
-            )
-
-    def _gone(self, observer: Observer, shown: Collection[str]) -> set[str]:
-        """Layers of units that are missing for the first time since something was compiled."""
-        before, self._shown = self._shown, set(shown)
-        work, self._work = self._work, work_of_compiler()
-        if self._work <= work:
-            return set()
-        missing = before.difference(shown).intersection(observer.units)
-        return {layer for unit in missing for layer in observer.units[unit].layers}
+        hidden, what = hidden_by_now(trainer, trainer.lightning_module, training=True)
+        if hidden:
+            self._reports, self._said_lost = max(2, self._reports), lost
+            self.say_once(f"ActivationSparsity {what}: its numbers are without them; maps are still shown.")
 
     def _publish(self, trainer: Trainer) -> None:
         if not self.quiet:

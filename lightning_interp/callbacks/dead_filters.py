@@ -13,7 +13,7 @@ from lightning_interp.callbacks._dead_history import history_table
 from lightning_interp.callbacks._lightning import LightningModule, Trainer, accumulates
 from lightning_interp.callbacks._training_look import TrainingLook
 from lightning_interp.callbacks.base import InterpCallback, OnError
-from lightning_interp.callbacks.fallback import EagerPass, hidden_layers, named
+from lightning_interp.callbacks.fallback import EagerPass, hidden_by_now
 from lightning_interp.callbacks.schedule import ALWAYS, FALLBACK_STEPS, BatchHooks
 from lightning_interp.callbacks.session import Session
 from lightning_interp.callbacks.window import Window
@@ -138,7 +138,7 @@ class DeadFilters(InterpCallback):
             self._partial = trainer.world_size > 1 and self._window.forwards > 0
             self._restored = None
         if Session.of(trainer).observer.compiled:
-            self._pass_eagerly(trainer, pl_module, "The model is compiled:")
+            self._pass_eagerly(trainer, pl_module, "The model is compiled")
             if not self._first_done and self.may_call(trainer):
                 self._close(trainer, pl_module, step=self.step_of(trainer))
         self._publish(trainer)
@@ -281,36 +281,36 @@ class DeadFilters(InterpCallback):
     def _look_for_hidden(self, trainer: Trainer, pl_module: LightningModule, *, opening: bool) -> None:
         """Layers that never came by, or no longer do, though the model calls them, are measured in an eager pass.
 
-        The first are looked for once; the others whenever something was compiled and a unit is missing since.
+        The first are looked for once; the others where nothing comes by any more.
         """
         observer = Session.of(trainer).observer
         if self._eager is not None and not self._hidden:
             return  # all of it is
         if observer.compiled:
-            self._pass_eagerly(trainer, pl_module, "The model was compiled during the training:")
+            self._pass_eagerly(trainer, pl_module, "The model was compiled during the training")
             return
-        gone = {layer for unit in self._window.gone() for layer in observer.units[unit].layers} - self._hidden
+        training = opening or not self._use_validation
         # One batch may leave out a layer, but not all of them.
         searched = self._searched or self._eager is not None or (opening and bool(observer.reached))
-        if searched and not gone:
+        if searched and (not observer.lost(training=training) or self._hidden >= observer.reached):
             return
         self._searched = not opening
-        hidden = hidden_layers(trainer, pl_module, gone) - self._hidden
+        hidden, what = hidden_by_now(trainer, pl_module, training=training)
         if hidden:
-            seen = "no longer sees" if hidden <= observer.reached else "never saw"
-            self._hidden |= hidden
-            what = f"DeadFilters {seen} {named(hidden)}, which a compiled function seems to call:"
-            self._pass_eagerly(trainer, pl_module, what, self._hidden)
+            self._hidden = hidden
+            self._eager = EagerPass(trainer, pl_module, hidden)
+            self.say_once(
+                f"DeadFilters {what}: it measures there in an eager pass over {self._eager.num_samples} fixed samples "
+                "at the end of each window, exact over these."
+            )
 
-    def _pass_eagerly(
-        self, trainer: Trainer, pl_module: LightningModule, why: str, layers: set[str] | None = None
-    ) -> None:
-        self._hidden = layers or set()
-        self._eager = EagerPass(trainer, pl_module, layers)
+    def _pass_eagerly(self, trainer: Trainer, pl_module: LightningModule, why: str) -> None:
+        """Measures all layers so."""
+        self._hidden = set()
+        self._eager = EagerPass(trainer, pl_module)
         self.say_once(
-            f"{why} {'it' if layers else 'DeadFilters'} measures {'there ' if layers else ''}in an eager pass over "
-            f"{self._eager.num_samples} fixed samples at the end of each window, {'' if layers else 'and is '}exact "
-            "over these."
+            f"{why}: DeadFilters measures in an eager pass over {self._eager.num_samples} fixed samples at the end of "
+            "each window, and is exact over these."
         )
 
     def meets(self, hook: str, trainer: Trainer) -> bool:

@@ -58,7 +58,7 @@ def hidden_layers(trainer: Any, model: nn.Module, gone: Collection[str] = ()) ->
     Args:
         trainer: The running trainer.
         model: The LightningModule.
-        gone: Layers that came by earlier and no longer do, since something was compiled in between.
+        gone: Layers that came by earlier and no longer do, see `Observer.lost`.
     """
     observer = Session.of(trainer).observer
     missing = observer.unreached().union(gone)
@@ -73,8 +73,17 @@ def hidden_layers(trainer: Any, model: nn.Module, gone: Collection[str] = ()) ->
         ):
             model(images)
     except Exception:  # no samples, or a forward that takes something else
-        return set() if observer.reached else missing
+        return set(gone) if observer.reached else missing
     return missing & tracer.reached
+
+
+def hidden_by_now(trainer: Any, model: nn.Module, *, training: bool) -> tuple[set[str], str]:
+    """As `hidden_layers`, with those that were hidden in mid-run; and in words, whether they were ever seen."""
+    observer = Session.of(trainer).observer
+    lost = observer.lost(training=training)
+    hidden = hidden_layers(trainer, model, observer.reached if lost else ())
+    seen = "no longer sees" if lost else "never saw"
+    return hidden, f"{seen} {named(hidden)}, which a compiled function seems to call"
 
 
 def named(layers: Collection[str]) -> str:

@@ -14,6 +14,8 @@ from lightning_interp.functional.hooks import is_compiled, work_of_compiler
 from lightning_interp.functional.ops import OWNERS
 from lightning_interp.functional.tracing import ActivationTracer, End, Reader, Unit
 
+_MISSES = 2  # batches that must show nothing
+
 
 class Observer:
     """Hands the activations of the running forward to its readers.
@@ -34,7 +36,9 @@ class Observer:
         self._blind: set[bool] = set()
         self._training = True
         self._following_all = False
-        self._work = 0  # of the compiler, when something was seen last
+        # By training or not: of the compiler, when something was seen last; watched batches that showed nothing since.
+        self._work: dict[bool, int] = {}
+        self._misses = {True: 0, False: 0}
         self._readers: dict[Reader, set[str] | None] = {}
         self._counts: dict[Reader, Callable[[float], None] | None] = {}
         self._errors: dict[Reader, Exception] = {}
@@ -54,6 +58,10 @@ class Observer:
     def reached(self) -> set[str]:
         """Layers that the watched forwards have called."""
         return self._reached if self._tracer is None else self._reached | self._tracer.reached
+
+    def lost(self, *, training: bool) -> bool:
+        """Whether nothing comes by any more in this mode, though it did: the forward was compiled in mid-run."""
+        return training in self._blind and training in self._seeing
 
     def unreached(self) -> set[str]:
         """Names of the layers with filters that no watched forward has called so far."""
@@ -130,19 +138,29 @@ class Observer:
                 count(seconds / len(self._readers))
 
     def _look_back(self) -> None:
-        """The forward is over: has anything been seen?"""
+        """The forward is over: has anything been seen?
+
+        Where something was seen before, one batch that shows nothing may have been skipped by the user, so the next one
+        is followed in full. Only if that shows nothing either, and there was work for the compiler, is all hidden.
+        """
+        training, work = self._training, work_of_compiler()
         if self._tracer is not None and self._tracer.reached:
-            self._seeing.add(self._training)
-            self._work = work_of_compiler()
-        elif self._work < work_of_compiler() and (self._training not in self._seeing or self._following_all):
-            self._blind.add(self._training)
+            self._seeing.add(training)
+            self._work[training], self._misses[training] = work, 0
+        elif training not in self._seeing:
+            if work:
+                self._blind.add(training)
+        elif work != self._work[training]:
+            self._misses[training] += 1
+            if self._misses[training] >= _MISSES and self._following_all:
+                self._blind.add(training)
 
     def _restart(self) -> None:
         self._stop()
         wanted = list(self._readers.values())
         follow: set[str] | None = set()
         for units in wanted:
-            if units is None:
+            if units is None or self._misses[self._training]:
                 follow = None
                 break
             known = [self.units[name] for name in units if name in self.units]

@@ -18,12 +18,11 @@ from lightning_interp.callbacks._lightning import LightningModule, Trainer
 from lightning_interp.callbacks._patch_pictures import BLANK, LayerPictures, Shown
 from lightning_interp.callbacks.base import InterpCallback, OnError
 from lightning_interp.callbacks.batches import call_with_images
-from lightning_interp.callbacks.fallback import hidden_layers, named
+from lightning_interp.callbacks.fallback import hidden_by_now
 from lightning_interp.callbacks.guard import undisturbed
 from lightning_interp.callbacks.observer import Observer
 from lightning_interp.callbacks.samples import read_samples
 from lightning_interp.callbacks.session import Session
-from lightning_interp.functional.hooks import anything_compiled
 from lightning_interp.functional.patches import PatchRanking
 from lightning_interp.functional.tracing import ActivationTracer, Unit
 from lightning_interp.render.gallery import column, frame_side, timeline
@@ -228,7 +227,9 @@ class TopPatches(InterpCallback):
         run, self._run = self._run, None
         units = Session.of(trainer).observer.units
         names, error, packed = self._chosen(trainer, units), None, torch.empty(0)
+        hidden, what = set[str](), ""
         try:
+            hidden, what = self._hidden(trainer, pl_module, run.excited)
             packed = run.excited.pack(names, {name: units[name].num_filters for name in names})
         except Exception as problem:  # raised again once the ranks know
             error = problem
@@ -241,30 +242,35 @@ class TopPatches(InterpCallback):
             if not _ranks.agree(trainer, ready=error is None, size=packed.numel()):
                 self._agreed_to_rest = True
                 raise error or RuntimeError("another rank failed, or saw other layers than this one")
+            # On all ranks or on none: who stays in the loop would wait there for the others.
+            if bool(_ranks.highest(trainer, torch.tensor([float(bool(hidden))]))):
+                self._leave_the_loop(trainer, pl_module, what)
+                return
             rankings = run.excited.unpack(packed, names, {name: units[name].num_filters for name in names}, trainer)
-        if run.excited.count and self._never_seen(trainer, pl_module, run.excited):
+        if hidden:
+            self._leave_the_loop(trainer, pl_module, what)
             return
         if trainer.is_global_zero and self.may_call(trainer):
             self._show(trainer, pl_module, rankings, run.excited, step=self.step_of(trainer))
         self.log_cost(trainer, step=self.step_of(trainer))
 
-    def _never_seen(self, trainer: Trainer, pl_module: LightningModule, excited: Excited) -> bool:
-        """Whether the loop calls its layers in a compiled function: from now on, an eager pass is made instead."""
-        units = Session.of(trainer).observer.units
-        missing = [unit for unit in self._chosen(trainer, units) if unit not in excited.grids]
-        if units and not missing:
-            return False
-        gone = {layer for unit in missing for layer in units[unit].layers} if anything_compiled() else set()
-        hidden = hidden_layers(trainer, pl_module, gone)
-        if hidden and trainer.is_global_zero:
+    def _hidden(self, trainer: Trainer, pl_module: LightningModule, excited: Excited) -> tuple[set[str], str]:
+        """Layers that the loop calls in a compiled function, and a sentence on them."""
+        observer = Session.of(trainer).observer
+        seen = observer.units and all(unit in excited.grids for unit in self._chosen(trainer, observer.units))
+        if not excited.count or seen:
+            return set(), ""
+        return hidden_by_now(trainer, pl_module, training=False)
+
+    def _leave_the_loop(self, trainer: Trainer, pl_module: LightningModule, what: str) -> None:
+        """From now on an eager pass is made instead."""
+        self._by_loop = False
+        if trainer.is_global_zero:
             self._eager_images = read_samples(trainer, pl_module, _SAMPLES).images
-            seen = "no longer sees" if hidden <= Session.of(trainer).observer.reached else "never saw"
             self.say_once(
-                f"TopPatches {seen} {named(hidden)}, which a compiled function seems to call: it looks at the first "
+                f"TopPatches {what or 'misses layers on another rank'}: it looks at the first "
                 f"{len(self._eager_images)} images of the set, in an eager pass."
             )
-        self._by_loop = self._by_loop and not hidden
-        return bool(hidden)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Where the loop can't be watched: a pass over fixed images."""

@@ -11,7 +11,6 @@ from torch import Tensor
 from lightning_interp.callbacks import _ranks
 from lightning_interp.callbacks.observer import Observer
 from lightning_interp.functional.dead import MeanMagnitude, dormancy_scores
-from lightning_interp.functional.hooks import work_of_compiler
 from lightning_interp.functional.liveness import Liveness
 from lightning_interp.functional.ops import EXACT_ZERO, OWNERS
 from lightning_interp.functional.tracing import End, Unit
@@ -36,9 +35,6 @@ class Window:
         self._liveness = Liveness()
         self._magnitude = MeanMagnitude()
         self._observer: Observer | None = None
-        self._work = work_of_compiler()
-        self._expected: set[str] = set()  # in this batch, by what the observer knew
-        self._came: set[str] = set()
 
     # ------------------------------------------------------------------ reading
 
@@ -67,7 +63,6 @@ class Window:
             units = (self._liveness.suspects() & chosen) | unseen | graded
             self._proven = not units
         if units is None or units:
-            self._expected, self._came = set(choose(observer.units) if units is None else units), set()
             observer.open(self._read, units, count=count)
             self._observer = observer
 
@@ -83,20 +78,7 @@ class Window:
             )
         )
 
-    def gone(self) -> set[str]:
-        """Units that the last batch should have shown and did not, since something was compiled before it.
-
-        One that was seen earlier in the window may as well be left out by chance (stochastic depth): it counts only if
-        there was work for the compiler since the window began.
-        """
-        work = work_of_compiler()
-        if not work or not self.forwards:
-            return set()
-        gone = self._expected - self._came
-        return gone if work > self._work else gone - self._liveness.seen()
-
     def _read(self, end: End) -> None:
-        self._came.add(end.unit)
         self._liveness.read(end)
         if end.activation is not None and end.activation not in EXACT_ZERO:
             self._magnitude.read(end)

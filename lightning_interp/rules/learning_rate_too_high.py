@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -11,8 +10,6 @@ from typing import ClassVar, NamedTuple
 from lightning_interp._options import check_at_least, check_number
 from lightning_interp.rules._decay import decay_explains
 from lightning_interp.rules._evidence import (
-    LEARNED,
-    RECENT,
     Death,
     broken_since,
     collapsed_to,
@@ -78,8 +75,7 @@ class LearningRateTooHighRule(Rule):
     These steps are counted from the jump if it came later than `early_steps`; with a weak mark, but for `dead_most`,
     the run is given another `late_step` after its warm-up. It is also critical if a NaN was preceded, within 20 steps,
     by such a jump of one batch: a bad batch would have had its high loss before the update; and if a cross-entropy that
-    had been below ln C / 2 is back above `recovered` ln C. If it went up within one step and falls since, the data are
-    likelier to have changed: information, after twenty steps.
+    had been below ln C / 2 is back above `recovered` ln C.
 
     Most damage is done within some 20 steps; afterwards gradients and updates are tiny and look like a rate that is
     too low, so the early numbers tell most. Runs shorter than `judge_step` are judged at their end. Without a
@@ -263,46 +259,23 @@ class LearningRateTooHighRule(Rule):
         lowest = collapsed_to(history, level)
         if guess is None or loss is None or lowest is None or broken_since(history) is not None or _bad_batch(history):
             return []
-        falls = _falls_since_leap(history, guess)
-        if falls is None:
-            return []
-        changed = "data or a loss that changed at that time"
         alert = Alert(
             rule=self.name,
-            severity="info" if falls else "critical",
+            severity="critical",
             value=loss,
             threshold=self.recovered * guess,
-            cause=changed if falls else "learning rate",
+            cause="learning rate",
             message=f"The loss was down at {lowest:.3g} and is back at {loss:.3g}, where a guess has {guess:.3g}.",
-            advice=(
-                "Nothing if they became harder on purpose: the loss leapt up within a step, and has been falling since."
-                if falls
-                else "Go back to an earlier checkpoint and divide the learning rate by about 3, or clip the gradients."
-            ),
+            advice="Go back to an earlier checkpoint and divide the learning rate by about 3, or clip the gradients.",
             evidence={"lowest_loss": lowest, "loss": loss, "reference_loss": guess},
             alternatives=[
-                "learning rate" if falls else changed,
+                "data or a loss that changed at that time",
                 "a stretch of bad batches",
                 "weights that grow without weight decay",
             ],
             source=SOURCE,
         )
         return [alert]
-
-
-def _falls_since_leap(history: History, guess: float) -> bool | None:
-    """Whether the loss leapt up at once and has come down since, as if the data had changed; None: too early to say.
-
-    A rate that is too high takes some steps to destroy a network, or leaves one that learns no more.
-    """
-    values = [point.value for point in history.finite("loss")]
-    low = max((i for i, value in enumerate(values) if value < guess / 2), default=-1)
-    risen = values[low + 1 :]
-    if max(risen[:2], default=0.0) < LEARNED * guess:  # the first may be the mean of both, in a long run
-        return False
-    if len(risen) < 2 * RECENT:
-        return None
-    return statistics.median(risen[-RECENT:]) < LEARNED * statistics.median(risen[:RECENT])
 
 
 def _bad_batch(history: History) -> Spike | None:

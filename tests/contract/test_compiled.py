@@ -368,7 +368,7 @@ def test_what_is_compiled_in_mid_run_is_said_and_counted_over_the_fixed_samples(
             "at the end of each window, and is exact over these."
         )
     else:
-        assert "DeadFilters no longer sees net.0, net.3, net.8, which a compiled function" in message
+        assert "DeadFilters no longer sees net.0, net.10, net.3 and 1 more, which a compiled function" in message
     history = Session.of(trainer).history
     _, twin = fit(marked(Quiet), DeadFilters(split=split, window_steps=steps, on_error="raise"), max_epochs=5)
     for layer in ("net.0", "net.3", "net.8"):
@@ -419,28 +419,52 @@ def test_sparsity_and_patches_say_so_too(kind):
     assert sum("ActivationSparsity" in message for message in said) == 1
     assert all("compiled" in message for message in said)
     assert Session.of(trainer).history.get("sparsity", "net.0").steps[-1] == 7  # two epochs of four steps
-    assert sum("TopPatches no longer sees net.0, net.3, net.8" in message for message in said) == 1
+    assert sum("TopPatches no longer sees net.0, net.10, net.3 and 1 more" in message for message in said) == 1
     seed_all(1)
     fit(Quiet(), twin, max_epochs=5)
     assert patches.top
     assert patches.top == twin.top
 
 
-def test_a_layer_that_is_left_out_by_chance_is_no_hidden_one():
+class Compiled(Quiet):
+    """Nothing but its loss is compiled."""
+
+    def __init__(self):
+        super().__init__()
+        self.__dict__["scale"] = torch.compile(lambda value: value * 1.0, backend="eager")
+
+
+class Sometimes(Compiled):
+    """Leaves a block out in every other batch, the last one of an epoch included."""
+
+    def training_step(self, batch, batch_idx):
+        features = self.net[:3](batch[0])
+        if batch_idx % 2 == 0:
+            features = self.net[3:](features)
+        return self.scale(features.square().mean())
+
+
+class Skipping(Compiled):
+    """Skips the first batch of each epoch, of which a window would see all."""
+
+    def training_step(self, batch, batch_idx):
+        loss = None if batch_idx == 0 and self.current_epoch else super().training_step(batch, batch_idx)
+        return loss if loss is None else self.scale(loss)
+
+
+@pytest.mark.parametrize("kind", [Sometimes, Skipping])
+def test_a_layer_or_batch_that_is_left_out_is_not_taken_for_a_hidden_one(kind):
     """Though something else was compiled, and is in each step."""
-
-    class Sometimes(Quiet):
-        def training_step(self, batch, batch_idx):
-            scale = torch.compile(lambda value: value * 1.0, backend="eager")
-            images = scale(batch[0])
-            features = self.net[:3](images)
-            if batch_idx % 2:  # else the second block is left out
-                features = self.net[4](self.net[3](features)) + self.net[4](self.net[3](features))
-            return features.square().mean()
-
-    watcher = DeadFilters(split="train", window_steps=4, on_error="raise")
-    said, _ = fit(Sometimes(), watcher, ActivationSparsity(every_n_train_steps=4, on_error="raise"), max_epochs=3)
-    assert [message for message in said if "no longer" in message] == []
+    callbacks = [
+        DeadFilters(split="train", window_steps=2, on_error="raise"),
+        ActivationSparsity(every_n_train_steps=1, on_error="raise"),
+        TopPatches(on_error="raise"),
+    ]
+    said, trainer = fit(kind(), *callbacks, max_epochs=4)
+    assert said == []
+    steps = Session.of(trainer).history.get("sparsity", "net.0").steps
+    assert steps[-1] == trainer.global_step - 1
+    assert Session.of(trainer).history.get("dead_filters", "net.0").steps[-1] == trainer.global_step - 1
 
 
 @pytest.mark.parametrize("kind", [Later, LaterFunction])
