@@ -45,9 +45,11 @@ def largest_rate(optimizers: Iterable[Any]) -> float | Tensor:
 
 
 def largest_decay(optimizers: Iterable[Any]) -> float:
-    """Largest weight decay of all parameter groups that name one as a number; 0 without any."""
-    decays = (group.get("weight_decay") for optimizer in optimizers for group in optimizer.param_groups)
-    return max((float(decay) for decay in decays if isinstance(decay, int | float)), default=0.0)
+    """Largest weight decay of all parameter groups; 0 if none has one, NaN if one is on the device."""
+    decays = [group.get("weight_decay") for optimizer in optimizers for group in optimizer.param_groups]
+    if any(isinstance(decay, Tensor) for decay in decays):
+        return math.nan
+    return max((float(decay) for decay in decays if decay is not None), default=0.0)
 
 
 class UpdateProbe:

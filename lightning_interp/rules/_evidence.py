@@ -71,10 +71,15 @@ def collapsed_to(history: History, part: float) -> float | None:
     guess, now = guess_loss(history), recent_loss(history)
     if guess is None or now is None or now <= part * guess:
         return None
-    values = [point.value for point in history.finite("loss")]
-    medians = [statistics.median(values[i : i + RECENT]) for i in range(0, len(values) - RECENT + 1, RECENT)]
-    lowest = min(medians, default=math.inf)
+    lowest = lowest_median(history)
     return lowest if lowest < 0.5 * guess else None
+
+
+def lowest_median(history: History) -> float:
+    """The lowest median of `RECENT` losses in a row, infinity if there are fewer."""
+    values = [point.value for point in history.finite("loss")]
+    medians = (statistics.median(values[i : i + RECENT]) for i in range(0, len(values) - RECENT + 1, RECENT))
+    return min(medians, default=math.inf)
 
 
 def started_badly(history: History, factor: float) -> bool:

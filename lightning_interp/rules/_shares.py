@@ -15,6 +15,7 @@ from lightning_interp.rules.alert import Severity
 from lightning_interp.rules.history import History
 from lightning_interp.rules.rule import Key
 
+WITHERED = "See weight_decay_too_high: the weights have withered."
 BAD_START = 3.0  # as in `BadStartRule.factor`
 Thresholds = tuple[float, float, float]
 

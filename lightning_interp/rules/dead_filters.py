@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from lightning_interp.rules._evidence import RELAXED, recent_loss, reference_loss, severity_of
 from lightning_interp.rules._jumps import early_jump
-from lightning_interp.rules._shares import Share, check_thresholds, count, find_shares
+from lightning_interp.rules._shares import WITHERED, Share, check_thresholds, count, find_shares
 from lightning_interp.rules.alert import Alert
 from lightning_interp.rules.history import History
 from lightning_interp.rules.rule import Key, Rule
@@ -43,7 +43,7 @@ class DeadFiltersRule(Rule):
     name: ClassVar[str] = "dead_filters"
     needs: ClassVar[tuple[str, ...]] = (
         "dead_fraction", "born_dead_fraction", "num_filters", "loss", "loss_before", "loss_after", "learning_rate",
-        "input_mean", "input_std",
+        "input_mean", "input_std", "num_classes", "weight_norm",
     )  # fmt: skip
 
     info: float = 0.05
@@ -107,7 +107,7 @@ def _advice(history: History, share: Share) -> str:
         mean, std = history.fact("input_mean", 0.0), history.fact("input_std", 1.0)
         return f"Normalise the images: subtract {mean:.3g} and divide by {max(std, 1e-12):.3g}."
     if share.cause == "weight decay":
-        return "See weight_decay_too_high: the weights have withered."
+        return WITHERED
     if share.cause is not None:
         return f"Use Kaiming initialisation with zero bias in {share.layer}, or a normalisation before its ReLU."
     return f"Try a rate 3 times lower, a normalisation before the ReLU of {share.layer}, or LeakyReLU."

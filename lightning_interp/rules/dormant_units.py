@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lightning_interp.rules._shares import check_thresholds, count, find_shares
+from lightning_interp.rules._shares import WITHERED, check_thresholds, count, find_shares
 from lightning_interp.rules.alert import Alert
 from lightning_interp.rules.history import History
 from lightning_interp.rules.rule import Key, Rule
@@ -33,7 +33,7 @@ class DormantUnitsRule(Rule):
     name: ClassVar[str] = "dormant_units"
     needs: ClassVar[tuple[str, ...]] = (
         "dormant_fraction", "num_filters", "loss", "loss_before", "loss_after", "learning_rate", "input_mean",
-        "input_std",
+        "input_std", "num_classes", "weight_norm",
     )  # fmt: skip
 
     info: float = 0.05
@@ -73,4 +73,5 @@ _ADVICE = {
     "learning rate": "Divide the learning rate by about 10, or warm it up.",
     "inputs": "Normalise the images to zero mean and unit standard deviation.",
     "initialisation": "Use the default initialisation with zero bias.",
+    "weight decay": WITHERED,
 }

@@ -112,7 +112,7 @@ class LearningRateTooHighRule(Rule):
     name: ClassVar[str] = "learning_rate_too_high"
     needs: ClassVar[tuple[str, ...]] = (
         "loss", "loss_before", "loss_after", "step_ratio", "learning_rate", "dead_fraction", "num_classes",
-        "non_finite_step",
+        "non_finite_step", "weight_norm",
     )  # fmt: skip
 
     jump: float = 1.5

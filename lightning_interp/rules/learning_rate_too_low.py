@@ -85,7 +85,7 @@ class LearningRateTooLowRule(Rule):
     name: ClassVar[str] = "learning_rate_too_low"
     needs: ClassVar[tuple[str, ...]] = (
         "loss", "step_ratio", "learning_rate", "update_ratio", "dead_fraction", "num_classes", "filter_movement",
-        "soft_targets", "scores_normalised",
+        "soft_targets", "scores_normalised", "weight_norm",
     )  # fmt: skip
     patience: ClassVar[int] = 2
 

@@ -86,7 +86,7 @@ class UndertrainedRule(Rule):
     name: ClassVar[str] = "undertrained"
     needs: ClassVar[tuple[str, ...]] = (
         "loss", "planned_steps", "num_classes", "dead_fraction", "loss_before", "loss_after", "step_ratio",
-        "learning_rate", "scores_normalised",
+        "learning_rate", "scores_normalised", "weight_norm",
     )  # fmt: skip
 
     fall: float = 0.09

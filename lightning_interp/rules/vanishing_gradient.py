@@ -63,7 +63,7 @@ class VanishingGradientRule(Rule):
     name: ClassVar[str] = "vanishing_gradient"
     needs: ClassVar[tuple[str, ...]] = (
         "gradient_norm", "update_norm", "update_ratio", "loss", "num_classes", "dead_fraction", "trainable",
-        "loss_before", "loss_after", "step_ratio", "learning_rate",
+        "loss_before", "loss_after", "step_ratio", "learning_rate", "weight_norm",
     )  # fmt: skip
     patience: ClassVar[int] = 2
 

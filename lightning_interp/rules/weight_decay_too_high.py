@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lightning_interp._options import check_number
-from lightning_interp.rules._decay import SHRUNK, decayed_to
-from lightning_interp.rules._evidence import LEARNED, RELAXED, recent_loss, reference_loss, steps_done
+from lightning_interp.rules._decay import SHRUNK, decayed_to, nothing_learned
+from lightning_interp.rules._evidence import LEARNED, RELAXED, recent_loss, steps_done
 from lightning_interp.rules.alert import Alert
 from lightning_interp.rules.history import History
 from lightning_interp.rules.rule import Key, Rule
@@ -24,13 +24,14 @@ class WeightDecayTooHighRule(Rule):
     """The weights have lost most of their norm, and nothing is learned.
 
     Fires if norm(weight) / norm(weight at first), as the median over the layers, is below `shrunk` while the loss is
-    above `loss` of ln C (of the first loss without a cross-entropy). Not if the weights had grown by half before: then
-    something else has broken the network, mostly a too-high rate, and decay only clears away what is left of it. Nor
-    does a network that learns count, however small its weights: with a normalisation behind each layer their length
-    does not matter.
+    above `loss` of ln C (without a cross-entropy of the first loss, if the optimizer names a decay). Not if the weights
+    had grown by half before, or the loss had come below half of that: then something else has broken the network,
+    mostly a too-high rate, and decay only clears away what is left of it. Nor does a network that learns count, however
+    small its weights: with a normalisation behind each layer their length does not matter.
 
-    Such runs look like a too-high rate (filters die), a too-low one (steps are short) or vanishing gradients; these
-    rules are silent where this one speaks.
+    Such runs look like a too-high rate (filters die), a too-low one (steps are short), vanishing gradients or too few
+    steps. `learning_rate_too_low`, `vanishing_gradient` and `undertrained` are silent where this finding holds, also if
+    it is muted, and `learning_rate_too_high` unless the loss has leapt.
 
     The advice lets the weights lose a quarter of their norm over the whole run, by a tenth to a hundredth of the
     decay, as `evidence["advised_decay_factor"]`.
@@ -46,7 +47,9 @@ class WeightDecayTooHighRule(Rule):
     """
 
     name: ClassVar[str] = "weight_decay_too_high"
-    needs: ClassVar[tuple[str, ...]] = ("loss", "num_classes", "weight_norm", "weight_decay", "planned_steps")
+    needs: ClassVar[tuple[str, ...]] = (
+        "loss", "num_classes", "weight_norm", "weight_decay", "in_optimizer", "planned_steps",
+    )  # fmt: skip
     patience: ClassVar[int] = 2
 
     shrunk: float = SHRUNK
@@ -62,7 +65,7 @@ class WeightDecayTooHighRule(Rule):
         """One alert for the run, or none."""
         relaxed = RELAXED if (self.name, None) in active else 1.0
         left = decayed_to(history, shrunk=self.shrunk / relaxed, part=self.loss * relaxed)
-        loss, reference = recent_loss(history), reference_loss(history)
+        loss, reference = recent_loss(history), nothing_learned(history)
         if left is None or loss is None or reference is None:
             return
         decay = history.fact("weight_decay", math.nan)
@@ -72,7 +75,7 @@ class WeightDecayTooHighRule(Rule):
             severity="critical" if left < self.critical else "warning",
             value=left,
             threshold=self.critical if left < self.critical else self.shrunk,
-            cause="a penalty on the weights" if decay == 0 else "weight decay",
+            cause="weight decay",
             message=(
                 f"The weights have shrunk to {100 * left:.2g} % of the norm that they had at first (median over the "
                 f"layers), and the loss is {loss:.3g} where nothing learned means {reference:.3g}."
@@ -85,7 +88,7 @@ class WeightDecayTooHighRule(Rule):
                 "weight_decay": decay,
                 "advised_decay_factor": factor,
             },
-            alternatives=["weights that are clipped or overwritten"],
+            alternatives=["a penalty on the weights in the loss", "weights that are clipped or overwritten"],
             source=SOURCE,
         )
 
@@ -97,7 +100,6 @@ class WeightDecayTooHighRule(Rule):
 
 
 def _advice(decay: float, factor: float) -> str:
-    if decay == 0:
-        return f"Multiply the penalty on the weights in the loss by about {factor:.1g}."
-    target = f", {decay:.3g}, to about {decay * factor:.1g}" if decay > 0 else ""
-    return f"Lower the weight decay{target}: by about {1 / factor:.0f} times."
+    if decay > 0:
+        return f"Lower the weight decay from {decay:.2g} to about {decay * factor:.1g}."
+    return f"Divide the weight decay, or the penalty on the weights in the loss, by about {1 / factor:.0f}."
