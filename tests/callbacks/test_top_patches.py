@@ -302,3 +302,10 @@ def test_two_ranks_find_what_one_would(tmp_path):
         values = [image[filter_index] for image in zero["maps"]]
         order = sorted(range(9), key=lambda i: (-values[i], i))
         assert row == [i for i in order if values[i] > 0][:3]
+
+
+@pytest.mark.slow
+def test_two_ranks_leave_the_loop_together(tmp_path):
+    """Who stayed in it would wait for the other one at the end of the next validation, for ever."""
+    zero, one = run_two_ranks("ddp_top_patches_lost.py", tmp_path, timeout=120)
+    assert zero == one == {"by_loop": [True, True, False, False, False]}
