@@ -199,7 +199,7 @@ def _look(kernels: Tensor) -> _Look:
     blocks = (kernels,) if few else _blocks(kernels)
     neighbours = _Neighbours(axes, first)
     ones = first.new_ones(len(blocks[0]))
-    scatter, column = first.new_zeros(len(kernels) if few else size, 1), torch.zeros_like(first)
+    scatter, column = first.new_zeros(1, 1), torch.zeros_like(first)  # the first block broadcasts it
     sums, magnitude = first.new_zeros(2), first.new_zeros(())
     memory = first.new_empty(2, *blocks[0].flatten(1).shape)  # new memory for each block takes longer than the sums
     for block in blocks:
