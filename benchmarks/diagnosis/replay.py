@@ -20,6 +20,7 @@ FIRST, EVERY = (20, 60, 100), 50  # when `Alerts` looks
 RECORDED = 50  # steps that were all probed in the runs of the suite
 OF_PROBES = (
     "loss_before", "loss_after", "step_ratio", "learning_rate", "gradient_norm", "update_norm", "update_ratio",
+    "weight_norm",
 )  # fmt: skip
 _KEPT = ("rule", "severity", "status", "layer", "step", "value", "cause", "message", "advice", "evidence")
 

@@ -22,6 +22,7 @@ from lightning_interp.render.patches import Box, Excitement, cut, projection
 
 _BATCH = 32
 _IMAGE_AXES = 4
+_LIMIT = "TopPatches shows whole images, or no projections, where it can't run the model on images"
 BLANK: Pixels = np.full((1, 1, 3), 24, dtype=np.uint8)
 Say = Callable[[str], None]
 
@@ -102,7 +103,7 @@ class LayerPictures:
                 self.fields[shown.layer] = receptive_field(model, shown.layer, shape)
             except Exception as error:  # a forward that takes something else than images
                 self.fields[shown.layer] = None
-                self._tell("TopPatches shows whole images where it can't find out what a filter sees", error, say)
+                self._tell(_LIMIT, error, say)
         field = self.fields[shown.layer]
         return field if field is not None and len(field.size) == len(shown.grid) else None
 
@@ -122,7 +123,7 @@ class LayerPictures:
                 gradients, _ = project_patches(model, images, shown.layer, filters, positions, units=units, call=call)
                 found.update(zip(part, gradients.float().cpu(), strict=True))
         except Exception as error:  # a forward that takes something else than images
-            self._tell("TopPatches shows no projections where the model takes no gradient of images", error, say)
+            self._tell(_LIMIT, error, say)
             return None
         return found
 

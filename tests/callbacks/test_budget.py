@@ -206,7 +206,7 @@ def test_what_watches_the_validation_is_left_out_as_a_whole_run(clock, monkeypat
     monkeypatch.setattr(TopPatches, "_show", show)
     monkeypatch.setattr(Excited, "begin_batch", begin_batch)
     monkeypatch.setattr(Excited, "end_batch", lambda *_: None)
-    monkeypatch.setattr(TopPatches, "_never_seen", lambda *_: False)
+    monkeypatch.setattr(TopPatches, "_hidden", lambda *_: (set(), ""))
     callback = interp(0.05, patches)
     fit(callback, Slow(clock), epochs, val=True, val_check_interval=checked)
     assert steps == shown

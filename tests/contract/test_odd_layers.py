@@ -167,7 +167,7 @@ LAYERS = {
     "norms by hooks": (of("hooked norms", hooked_norms), ()),
     "pruned": (of("pruned", pruned), ()),
     "shared modules and weights": (of("shared", Shared), ()),
-    "fake-quantised": (of("faked", faked), ("TopPatches shows whole images", "TopPatches shows no projections")),
+    "fake-quantised": (of("faked", faked), ("TopPatches shows whole images, or no projections",)),
     "lazy until the sanity check": (Recipe("lazy", Unshaped, trainer=ONCE, data=LITTLE), ()),
     "lazy until the first step": (Recipe("lazier", Unshaped, trainer=ONCE, data=LITTLE, validate=False), LATE),
     "quantised in validation": (
@@ -204,8 +204,7 @@ def test_int8_convolution_is_left_alone_and_the_layers_behind_it_are_measured(ma
     says = (
         "ClassImages failed in on_train_start with RuntimeError: no gradient reaches the pixels",
         "Influence goes on without `interp.influence/perturbation`. .* no gradient reaches them",
-        "TopPatches shows whole images where .*Quantize only works on Float Tensor",
-        "TopPatches shows no projections where .*no gradient reaches the pixels",
+        "TopPatches shows whole images, or no projections",
     )
     rows = survives(recipe, lenient, says=says)
     assert [tag for tag in rows if tag.startswith("interp.dead_filters/")] == ["interp.dead_filters/00_net.2"]
