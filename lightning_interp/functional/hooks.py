@@ -94,7 +94,7 @@ def anything_compiled() -> bool:
 
 
 def work_of_compiler() -> int:
-    """A number that grows with everything that is compiled in this process; 0 if nothing was."""
+    """A number that changes with everything that is compiled in this process; 0 if nothing was."""
     utils = sys.modules.get("torch._dynamo.utils")
     if utils is None:
         return 0
